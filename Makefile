@@ -1,0 +1,42 @@
+# Everything runs inside .venv; `make help` lists the targets.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help train install test test-slow lint format clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+train: install  ## train a character-level GPT on tiny Shakespeare and sample from it
+	$(BIN)/fastgpt train char-cpu --corpus shakespeare-or-pydocs $(ARGS)
+
+install: $(STAMP)  ## create .venv with fastgpt (editable) and its development tools
+
+$(STAMP): pyproject.toml setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "fastgpt needs Python >= 3.10, and '$(PYTHON)' is older: make PYTHON=/path/to/python3.12 ..."; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+	  { echo "'$(PYTHON) -m venv' failed: on Debian or Ubuntu, apt install python3-venv"; exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $(STAMP)
+
+test: install  ## run the test suite
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+test-slow: install  ## run the tests that take minutes (some need FASTGPT_SHAKESPEARE=path/to/input.txt)
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+lint: install  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install  ## let ruff put the code in order
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove .venv and build leftovers (runs/ stays)
+	rm -rf $(VENV) build dist *.egg-info
