@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastgpt.ops.checks import check_floating, check_shape, last_dimension
 from fastgpt.ops.registry import Cost, register, select
 
 
@@ -55,8 +56,13 @@ def layer_norm(
     Returns:
         (..., C).
 
-    Source: Ba, Kiros, Hinton, "Layer Normalization", arXiv 1607.06450; equal to `torch.nn.functional.layer_norm`.
+    Raises:
+        InputError: dtype not floating point, shapes that do not fit, tensors on different devices.
+
+    Source: Ba, Kiros, Hinton, "Layer Normalization", arXiv 1607.06450; equal to
+    `torch.nn.functional.layer_norm`.
     """
+    _check(x, weight, bias)
     return select("layer_norm", backend, x.device)(x, weight, bias, eps=eps)
 
 
@@ -77,12 +83,38 @@ def add_layer_norm(
 
     Returns:
         (normalised, summed), each (..., C).
+
+    Raises:
+        InputError: as `layer_norm`.
     """
+    check_floating(x=x, residual=residual)
+    check_shape("residual", residual, x.shape, "the shape of x")
+    _check(x, weight, bias)
     return select("add_layer_norm", backend, x.device)(x, residual, weight, bias, eps=eps)
 
 
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    check_floating(x=x, weight=weight, bias=bias)
+    width = (last_dimension("x", x),)
+    check_shape("weight", weight, width, "the last dimension of x")
+    check_shape("bias", bias, width, "the last dimension of x")
+
+
 def cost(rows: int, width: int, dtype: torch.dtype, *, backward: bool = False) -> Cost:
-    """Forward reads x and writes y; backward reads x and dy and writes dx. Weights and statistics are small."""
+    """Forward reads x and writes y; backward reads x and dy and writes dx. Weights and statistics are small.
+
+    Flops per element: forward sum, difference, square, sum, two for xhat (the difference again, rstd), w, b;
+    backward xhat (2), dw (2), db (1), g (1), the row's two sums (3), dx (4).
+    """
     elements = rows * width
-    per_element = (13, 3) if backward else (8, 2)
-    return Cost(per_element[0] * elements, per_element[1] * elements * dtype.itemsize)
+    flops, passes = (13, 3) if backward else (8, 2)
+    return Cost(flops * elements, passes * elements * dtype.itemsize)
+
+
+def add_cost(rows: int, width: int, dtype: torch.dtype, *, backward: bool = False) -> Cost:
+    """Forward reads x and residual and writes y and their sum; backward reads the sum, dy and the gradient of
+    the sum, and writes the one gradient both addends share. One addition more than `layer_norm` each way.
+    """
+    elements = rows * width
+    addition = Cost(elements, (1 if backward else 2) * elements * dtype.itemsize)
+    return cost(rows, width, dtype, backward=backward) + addition

@@ -72,7 +72,7 @@ def select(operation: str, backend: str | None, device: torch.device) -> Functio
         InputError: the implementation asked for does not exist or cannot run here.
     """
     rows = _table[operation]
-    name = backend or _choice.get(operation, AUTO)
+    name = _choice.get(operation, AUTO) if backend is None else backend
     if name == AUTO:
         return rows["eager"].function
     if name not in rows:
@@ -105,7 +105,9 @@ class use:
         if implementation is not None:
             known = {AUTO} | {row.name for row in table()}
             if implementation not in known:
-                raise InputError(f"no implementation {implementation!r}: choose one of {', '.join(sorted(known))}")
+                raise InputError(
+                    f"no implementation {implementation!r}: choose one of {', '.join(sorted(known))}"
+                )
             chosen = {op: implementation for op, rows in _table.items() if implementation in {AUTO, *rows}}
         for operation, name in operations.items():
             if operation not in _table:

@@ -1,0 +1,101 @@
+"""Token embedding plus position embedding.
+
+    y_btc = Wt[idx_bt, c] + Wp[start + t, c]          (B, T, C), Wt (V, C), Wp (block, C)
+
+Backward:
+
+    dWt[n, c] = sum over (b, t) with idx_bt = n of dy_btc           (V, C)
+    dWp[start + t, c] = sum_b dy_btc, and 0 in the other rows       (block, C)
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgpt.errors import InputError
+from fastgpt.ops.checks import (
+    check_at_least,
+    check_floating,
+    check_indices,
+    check_ndim,
+    check_shape,
+    out_of_range,
+)
+from fastgpt.ops.registry import Cost, register, select
+
+
+def reference(idx: Tensor, token_weight: Tensor, position_weight: Tensor, *, start: int = 0) -> Tensor:
+    return (
+        F.embedding(idx, token_weight) + position_weight[start : start + idx.shape[1]]
+    )  # (B, T, C) + (T, C)
+
+
+register("embedding", "eager", reference)
+
+
+def embedding(
+    idx: Tensor,
+    token_weight: Tensor,
+    position_weight: Tensor,
+    *,
+    start: int = 0,
+    backend: str | None = None,
+) -> Tensor:
+    """`token_weight[idx] + position_weight[start : start + T]`.
+
+    Args:
+        idx: (B, T), int64, values in 0..V-1.
+        token_weight: (V, C), floating point.
+        position_weight: (block, C), floating point.
+        start: position of the first column of idx; not 0 when decoding against a cache.
+        backend: implementation to use; None is the current choice (`fastgpt.ops.use`).
+
+    Returns:
+        (B, T, C).
+
+    Raises:
+        InputError: wrong dtypes, shapes that do not fit, tensors on different devices, positions beyond the
+            table; an index out of range on a CPU (on CUDA it is a device-side assertion, as in PyTorch).
+
+    Source: Radford et al., "Language Models are Unsupervised Multitask Learners", 2019 (GPT-2).
+    """
+    check_floating(token_weight=token_weight, position_weight=position_weight)
+    check_indices("idx", idx, "token_weight", token_weight)
+    check_ndim("idx", idx, 2, "(B, T)")
+    check_ndim("token_weight", token_weight, 2, "(V, C)")
+    check_ndim("position_weight", position_weight, 2, "(block, C)")
+    block = position_weight.shape[0]
+    check_shape("position_weight", position_weight, (block, token_weight.shape[1]), "(block, C)")
+    check_at_least("start", start, 0)
+    if start + idx.shape[1] > block:
+        raise InputError(
+            f"idx has {idx.shape[1]} positions from start = {start}: position_weight has only {block}"
+        )
+    try:
+        return select("embedding", backend, idx.device)(idx, token_weight, position_weight, start=start)
+    except IndexError as error:
+        raise out_of_range("idx", idx, token_weight.shape[0]) from error
+
+
+def cost(
+    batch: int,
+    length: int,
+    width: int,
+    dtype: torch.dtype,
+    *,
+    vocab_size: int,
+    block_size: int,
+    backward: bool = False,
+) -> Cost:
+    """Forward reads idx, one token row for each and every position row once, and writes y.
+
+    Backward reads idx and dy and writes both gradients, which are as large as their tables.
+    """
+    elements = batch * length * width
+    if backward:
+        moved = elements + (vocab_size + block_size) * width
+        return Cost(2 * elements, moved * dtype.itemsize + 8 * batch * length)
+    moved = 2 * elements + length * width
+    return Cost(elements, moved * dtype.itemsize + 8 * batch * length)

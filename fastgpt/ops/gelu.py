@@ -1,0 +1,163 @@
+"""GELU, and GELU fused with the bias addition or the whole linear layer before it.
+
+    tanh form:  u = k (x + a x^3),  k = sqrt(2 / pi),  a = 0.044715        GPT-2's
+                y = x (1 + tanh u) / 2
+    erf form:   y = x (1 + erf(x / sqrt 2)) / 2                            approximate="none"
+
+Backward, elementwise:
+
+    tanh form:  y' = (1 + tanh u) / 2 + x (1 - tanh^2 u) k (1 + 3 a x^2) / 2
+    erf form:   y' = (1 + erf(x / sqrt 2)) / 2 + x exp(-x^2 / 2) / sqrt(2 pi)
+    dx = dy * y'
+
+`bias_gelu` takes h = x + b for x:             dh = dy * y'(h), dx = dh, db = sum_rows dh          (C,)
+`linear_gelu` takes h = x W^T + b, (rows, N):  dx = dh W, dW = dh^T x, db = sum_rows dh
+with x (rows, K), W (N, K), b (N,). Only the pre-activation h (and x, W) is saved.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgpt.ops.checks import check_choice, check_floating, check_ndim, check_shape, last_dimension
+from fastgpt.ops.registry import Cost, register, select
+
+APPROXIMATE = ("tanh", "none")
+
+
+def reference(x: Tensor, *, approximate: str = "tanh") -> Tensor:
+    return F.gelu(x, approximate=approximate)
+
+
+def bias_reference(x: Tensor, bias: Tensor, *, approximate: str = "tanh") -> Tensor:
+    return reference(x + bias, approximate=approximate)
+
+
+def linear_reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, approximate: str = "tanh"
+) -> Tensor:
+    return reference(F.linear(x, weight, bias), approximate=approximate)
+
+
+register("gelu", "eager", reference)
+register("bias_gelu", "eager", bias_reference)
+register("linear_gelu", "eager", linear_reference)
+
+
+def gelu(x: Tensor, *, approximate: str = "tanh", backend: str | None = None) -> Tensor:
+    """Gaussian error linear unit, `x * P(N(0, 1) <= x)`, elementwise.
+
+    Args:
+        x: any shape, floating point.
+        approximate: "tanh" (GPT-2's) or "none", the exact erf form.
+        backend: implementation to use; None is the current choice (`fastgpt.ops.use`).
+
+    Returns:
+        The shape and dtype of x.
+
+    Raises:
+        InputError: dtype not floating point, unknown `approximate`.
+
+    Source: Hendrycks, Gimpel, "Gaussian Error Linear Units", arXiv 1606.08415; equal to
+    `torch.nn.functional.gelu`.
+    """
+    check_floating(x=x)
+    check_choice("approximate", approximate, APPROXIMATE)
+    return select("gelu", backend, x.device)(x, approximate=approximate)
+
+
+def bias_gelu(x: Tensor, bias: Tensor, *, approximate: str = "tanh", backend: str | None = None) -> Tensor:
+    """`gelu(x + bias)` in one pass.
+
+    Args:
+        x: (..., C), floating point.
+        bias: (C,).
+        approximate, backend: as in `gelu`.
+
+    Returns:
+        (..., C).
+
+    Raises:
+        InputError: dtype not floating point, shapes that do not fit, tensors on different devices, unknown
+            `approximate`.
+    """
+    check_floating(x=x, bias=bias)
+    check_shape("bias", bias, (last_dimension("x", x),), "the last dimension of x")
+    check_choice("approximate", approximate, APPROXIMATE)
+    return select("bias_gelu", backend, x.device)(x, bias, approximate=approximate)
+
+
+def linear_gelu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    approximate: str = "tanh",
+    backend: str | None = None,
+) -> Tensor:
+    """`gelu(x @ weight.T + bias)`, with the bias and GELU in the matrix product's epilogue.
+
+    Args:
+        x: (..., K), floating point.
+        weight: (N, K), as in `torch.nn.Linear`.
+        bias: (N,) or None.
+        approximate, backend: as in `gelu`.
+
+    Returns:
+        (..., N).
+
+    Raises:
+        InputError: as `bias_gelu`.
+    """
+    check_floating(x=x, weight=weight, bias=bias)
+    check_ndim("weight", weight, 2, "(N, K)")
+    check_shape("weight", weight, (weight.shape[0], last_dimension("x", x)), "(N, K) for x (..., K)")
+    check_shape("bias", bias, (weight.shape[0],), "(N,) for weight (N, K)")
+    check_choice("approximate", approximate, APPROXIMATE)
+    return select("linear_gelu", backend, x.device)(x, weight, bias, approximate=approximate)
+
+
+def _flops(approximate: str, backward: bool) -> int:
+    """Arithmetic per element as the equations above are best factored; tanh, erf and exp count as one."""
+    if approximate == "tanh":  # u: 4, tanh: 1, y: 3; y' reuses u, tanh and x^2
+        return 16 if backward else 8
+    return 11 if backward else 5
+
+
+def cost(elements: int, dtype: torch.dtype, *, approximate: str = "tanh", backward: bool = False) -> Cost:
+    """Forward reads x and writes y; backward reads x and dy and writes dx."""
+    passes = 3 if backward else 2
+    return Cost(_flops(approximate, backward) * elements, passes * elements * dtype.itemsize)
+
+
+def bias_cost(
+    rows: int, width: int, dtype: torch.dtype, *, approximate: str = "tanh", backward: bool = False
+) -> Cost:
+    """The traffic of `gelu`, bias and db being small; one addition more forward, two backward (h and db)."""
+    elements = rows * width
+    additions = Cost((2 if backward else 1) * elements, 0)
+    return cost(elements, dtype, approximate=approximate, backward=backward) + additions
+
+
+def linear_cost(
+    rows: int,
+    in_features: int,
+    out_features: int,
+    dtype: torch.dtype,
+    *,
+    approximate: str = "tanh",
+    backward: bool = False,
+) -> Cost:
+    """One matrix product forward (2 rows K N flops), two backward (dx and dW), and `bias_gelu`'s arithmetic.
+
+    Forward reads x and W and writes y and the saved h; backward reads dy, h, x and W and writes dx and dW.
+    """
+    inputs = rows * in_features + out_features * in_features
+    outputs = rows * out_features
+    product = 2 * rows * in_features * out_features
+    flops = (2 if backward else 1) * product
+    elementwise = bias_cost(rows, out_features, dtype, approximate=approximate, backward=backward).flops
+    moved = 2 * outputs + (2 if backward else 1) * inputs
+    return Cost(flops + elementwise, moved * dtype.itemsize)
