@@ -3,3 +3,7 @@
 
 class InputError(ValueError):
     """Bad input from the user. The command line prints its message as one line and exits with status 2."""
+
+
+class TrainingStopped(RuntimeError):
+    """The loss or the gradient is no longer finite; the message names the step. Exit status 1."""

@@ -1,0 +1,255 @@
+"""GPT-2: a decoder-only Transformer, with every hot operation called through `fastgpt.ops`.
+
+Shapes: B sequences, T tokens, C channels (n_embd), H heads of D = C / H, V rows of the padded vocabulary.
+Parameter names are GPT-2's; linear weights are (out, in), as in torch.nn.Linear.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastgpt import ops
+from fastgpt.config import GPTConfig
+from fastgpt.errors import InputError
+
+INIT_STD = 0.02
+
+
+class KVCache:
+    """Keys and values of the tokens already seen, so that a new token costs one row of attention.
+
+    Two tensors (n_layer, B, block_size, H, D), filled up to `length`.
+    """
+
+    def __init__(self, config: GPTConfig, batch: int, *, device: torch.device, dtype: torch.dtype) -> None:
+        shape = (config.n_layer, batch, config.block_size, config.n_head, config.head_size)
+        self.k = torch.empty(shape, device=device, dtype=dtype)
+        self.v = torch.empty(shape, device=device, dtype=dtype)
+        self.length = 0
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store keys and values (B, T, H, D) after `length`; returns this layer's (B, length + T, H, D)."""
+        end = self.length + k.size(1)
+        self.k[layer, :, self.length : end] = k
+        self.v[layer, :, self.length : end] = v
+        return self.k[layer, :, :end], self.v[layer, :, :end]
+
+
+class LayerNorm(nn.Module):
+    """The parameters of a LayerNorm with an optional bias."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.n_embd))
+        self.bias = nn.Parameter(torch.zeros(config.n_embd)) if config.bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.layer_norm(x, self.weight, self.bias)
+
+    def add(self, branch: Tensor, x: Tensor, dropout: float) -> tuple[Tensor, Tensor]:
+        """Add a branch's output to the residual stream x: returns (normalised, the new x), each (B, T, C)."""
+        if dropout:
+            x = ops.dropout_add(branch, x, p=dropout)
+            return self(x), x
+        return ops.add_layer_norm(branch, x, self.weight, self.bias)
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.n_head, self.dropout = layer, config.n_head, config.dropout
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor, cache: KVCache | None) -> Tensor:
+        B, T, C = x.shape
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
+        if cache is None:
+            dropout_p = self.dropout if self.training else 0.0
+            y = ops.causal_attention_qkvpacked(qkv, dropout_p=dropout_p)  # (B, T, H, D)
+        else:
+            q, k, v = qkv.unbind(2)
+            y = ops.causal_attention(q, *cache.append(self.layer, k, v))
+        return self.c_proj(y.view(B, T, C))
+
+
+class MLP(nn.Module):
+    """Two linear layers, four times as wide in the middle."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.activation = config.activation
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.activation == "relu":
+            h = F.relu(self.c_fc(x))  # (B, T, 4C)
+        else:
+            approximate = "tanh" if self.activation == "gelu_tanh" else "none"
+            h = ops.linear_gelu(x, self.c_fc.weight, self.c_fc.bias, approximate=approximate)
+        return self.c_proj(h)
+
+
+class Block(nn.Module):
+    """x += attention(ln_1(x)); x += mlp(ln_2(x)).
+
+    Each addition is fused with the LayerNorm after it, so a block takes the output of the branch before it,
+    not yet added to the residual stream x, and hands over its own in the same state.
+    """
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.dropout = config.dropout
+        self.ln_1 = LayerNorm(config)
+        self.attn = Attention(config, layer)
+        self.ln_2 = LayerNorm(config)
+        self.mlp = MLP(config)
+
+    def forward(self, branch: Tensor | None, x: Tensor, cache: KVCache | None) -> tuple[Tensor, Tensor]:
+        dropout = self.dropout if self.training else 0.0
+        if branch is None:
+            normed = self.ln_1(x)
+        else:
+            normed, x = self.ln_1.add(branch, x, dropout)
+        normed, x = self.ln_2.add(self.attn(normed, cache), x, dropout)
+        return self.mlp(normed), x
+
+
+class Transformer(nn.Module):
+    """The parameters of the network, under GPT-2's names."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.ln_f = LayerNorm(config)
+
+
+class GPT(nn.Module):
+    """The language model. The classifier's weights are the token embedding's.
+
+    Args:
+        config: its shape; the defaults are GPT-2 (124M).
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.transformer = Transformer(config)
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        """GPT-2's: normal(0, 0.02), and smaller into the residual stream, which sums 2 n_layer branches."""
+        for name, p in self.named_parameters():
+            if name.endswith("c_proj.weight"):
+                nn.init.normal_(p, std=INIT_STD / math.sqrt(2 * self.config.n_layer))
+            elif p.dim() == 2:
+                nn.init.normal_(p, std=INIT_STD)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    @property
+    def token_embedding(self) -> Tensor:
+        """(V, C), rows vocab_size.. are padding."""
+        return self.transformer.wte.weight
+
+    def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+        """The normalised residual stream after the last block, (B, T, C), for token ids idx (B, T).
+
+        With a cache, idx holds only the tokens after the `cache.length` already seen.
+        """
+        start = 0 if cache is None else cache.length
+        if start + idx.size(1) > self.config.block_size:
+            raise InputError(
+                f"{start + idx.size(1)} tokens do not fit in block_size = {self.config.block_size}: "
+                f"pass the last {self.config.block_size} at most"
+            )
+        dropout = self.config.dropout if self.training else 0.0
+        x = ops.embedding(idx, self.token_embedding, self.transformer.wpe.weight, start=start)
+        x = F.dropout(x, dropout)  # (B, T, C)
+        branch: Tensor | None = None
+        for block in self.transformer.h:
+            branch, x = block(branch, x, cache)
+        assert branch is not None  # n_layer >= 1
+        if cache is not None:
+            cache.length += idx.size(1)
+        return self.transformer.ln_f.add(branch, x, dropout)[0]
+
+    def logits(self, x: Tensor) -> Tensor:
+        """(..., vocab_size) from (..., C): padded columns are cut off, so they can never be sampled."""
+        return F.linear(x, self.token_embedding)[..., : self.config.vocab_size]
+
+    def forward(
+        self,
+        idx: Tensor,
+        targets: Tensor | None = None,
+        *,
+        reduction: Literal["mean", "sum", "none"] = "mean",
+        return_logits: bool = True,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Logits and, given targets, the cross entropy.
+
+        Args:
+            idx: (B, T) token ids, T <= block_size.
+            targets: (B, T) token ids to predict; -100 is ignored.
+            reduction: of the loss over all tokens that are not ignored.
+            return_logits: False saves the memory of the logits when only the loss is needed.
+
+        Returns:
+            (logits (B, T, vocab_size) or None, loss or None without targets).
+        """
+        x = self.hidden(idx)
+        logits = self.logits(x) if return_logits else None
+        if targets is None:
+            return logits, None
+        if logits is not None:
+            return logits, ops.cross_entropy(logits, targets, reduction=reduction)
+        loss = ops.linear_cross_entropy(
+            x, self.token_embedding, targets, reduction=reduction, vocab_size=self.config.vocab_size
+        )
+        return None, loss
+
+    def num_params(self, *, embeddings: bool = True) -> int:
+        """Parameters, padding rows not counted; without `embeddings`, less the position embedding.
+
+        The token embedding always counts: it is the classifier's matrix too.
+        """
+        padding = (self.config.padded_vocab_size - self.config.vocab_size) * self.config.n_embd
+        total = sum(p.numel() for p in self.parameters()) - padding
+        return total if embeddings else total - self.transformer.wpe.weight.numel()
+
+    def flops_per_token(self) -> int:
+        """Floating point operations per token of a training step at full context.
+
+        6 N + 12 L C T (PaLM, appendix B): 2 operations a weight forward and 4 backward for the N parameters
+        that take part in matmuls, and in each of L layers q k^T and p v over T positions, forward and
+        backward. The causal half is not taken off, as is usual in published MFU figures.
+        """
+        c = self.config
+        return 6 * self.num_params(embeddings=False) + 12 * c.n_layer * c.n_embd * c.block_size
+
+    def crop_block_size(self, block_size: int) -> None:
+        """Shorten the context in place, for instance to finetune GPT-2 on shorter windows.
+
+        Raises:
+            InputError: block_size is longer than the model's.
+        """
+        if block_size > self.config.block_size:
+            raise InputError(
+                f"block_size {block_size} is longer than the model's {self.config.block_size}: "
+                "learned positions can be cut off but not added"
+            )
+        self.config = dataclasses.replace(self.config, block_size=block_size)
+        wpe = self.transformer.wpe
+        wpe.weight = nn.Parameter(wpe.weight.data[:block_size].clone())
+        wpe.num_embeddings = block_size

@@ -1,0 +1,128 @@
+"""The machine a run finds itself on: device, precision, seeds, and a record of the environment."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastgpt import __version__
+from fastgpt.chips import peak_flops
+from fastgpt.errors import InputError
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of that name; `auto` is cuda, else mps, else cpu.
+
+    Raises:
+        InputError: no such device on this machine.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"unknown device {name!r}: choose auto, cuda, cuda:N, mps or cpu") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(
+            f"device {name!r}: PyTorch {torch.__version__} finds no usable CUDA GPU here (`nvidia-smi` shows "
+            "whether the driver does); use --device cpu or auto"
+        )
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device {name!r}: this machine has {torch.cuda.device_count()} CUDA GPU(s)")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise InputError(f"device {name!r}: no Apple GPU here; use --device cpu or auto")
+    if device.type not in ("cuda", "mps", "cpu"):
+        raise InputError(f"device {name!r}: fastgpt runs on cuda, mps and cpu")
+    return device
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How a training step computes. `name` is fp32, tf32, bf16 or fp16."""
+
+    name: str
+    device: torch.device
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.name)
+        return torch.autocast(self.device.type, dtype) if dtype else contextlib.nullcontext()
+
+    def scaler(self) -> torch.amp.GradScaler:
+        """fp16 gradients underflow, so the loss is scaled up; elsewhere this does nothing."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.name == "fp16")
+
+    def peak_flops(self) -> float | None:
+        if self.device.type != "cuda":
+            return None
+        return peak_flops(torch.cuda.get_device_name(self.device), self.name)
+
+
+def resolve_precision(name: str, device: torch.device) -> Precision:
+    """The precision of that name on `device`, with the TF32 switch set to match.
+
+    Raises:
+        InputError: the device does not have it.
+    """
+    has_bf16 = device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_bf16_supported())
+    if name == "auto":
+        name = "bf16" if device.type == "cuda" and has_bf16 else "fp32"
+    if name == "tf32" and device.type != "cuda":
+        raise InputError("precision tf32 needs an NVIDIA GPU: use fp32 or bf16")
+    if name == "bf16" and not has_bf16:
+        raise InputError(f"precision bf16 is not supported on this {device.type} device: use fp16 or fp32")
+    torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
+    return Precision(name, device)
+
+
+def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """The generators that dropout draws from, as tensors."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    elif device.type == "mps":
+        state["mps"] = torch.mps.get_rng_state()
+    return state
+
+
+def set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Undo whatever was drawn since `rng_state`; a state of another device type is left out."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+    elif device.type == "mps" and "mps" in state:
+        torch.mps.set_rng_state(state["mps"])
+
+
+def git_revision() -> str | None:
+    """The commit of the source tree fastgpt runs from, with `-dirty` if it was changed; None outside git."""
+    source = Path(__file__).parent
+    command = ["git", "-C", str(source), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What a reader of the results needs to know about the machine and the software."""
+    return {
+        "fastgpt": __version__,
+        "git": git_revision(),
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
