@@ -1,0 +1,151 @@
+"""The cache folder, files written whole or not at all, and downloads that never hang or end half done."""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import os
+import queue
+import sys
+import threading
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fastgpt.errors import InputError
+
+# The slowest link that is not called stalled delivers one chunk per `timeout`.
+CHUNK_BYTES = 16 * 1024
+
+
+class DownloadError(InputError):
+    """A file could not be downloaded, or what came was not the expected file."""
+
+
+def cache_dir() -> Path:
+    """The folder for downloads and prepared tokens: $FASTGPT_CACHE, or `fastgpt` in the platform's cache."""
+    own = os.environ.get("FASTGPT_CACHE")
+    if own:
+        return Path(own).expanduser()
+    if sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    elif os.name == "nt":
+        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "fastgpt"
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path` to write to; it becomes `path` only if the block succeeds.
+
+    The content is on disk before the rename, so after a crash or power loss `path` is the old file or
+    the new one, never a part. On an exception the temporary file is removed.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        yield temporary
+        _fsync(temporary, os.O_RDWR)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if os.name == "posix":  # elsewhere a folder cannot be opened to be synced
+        _fsync(path.parent, os.O_RDONLY)
+
+
+def _fsync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def download(url: str, path: str | Path, *, sha256: str, timeout: float = 10.0) -> Path:
+    """Download `url` to `path`, unless `path` already is the file with this SHA-256; return `path`.
+
+    Raises `DownloadError` when the server cannot be reached or answers with an error, when it sends less
+    than 16 KiB within `timeout` seconds (name look-up and connecting count), or when the hash is wrong.
+    """
+    path = Path(path)
+    if path.is_file() and sha256_of(path) == sha256:
+        return path
+    with atomic_write(path) as temporary:
+        _fetch(url, temporary, timeout)
+        actual = sha256_of(temporary)
+        if actual != sha256:
+            raise DownloadError(
+                f"downloaded {url} but it is not the expected file ({temporary.stat().st_size} bytes, "
+                f"SHA-256 {actual[:16]}..., expected {sha256[:16]}...): try again, or check your proxy"
+            )
+    return path
+
+
+def _fetch(url: str, target: Path, timeout: float) -> None:
+    """Copy `url` into the file `target`."""
+    from tqdm import tqdm
+
+    name = url.rsplit("/", 1)[-1]
+    with target.open("wb") as file, tqdm(unit="B", unit_scale=True, desc=name, disable=None) as bar:
+        for length, chunk in _chunks(url, timeout):
+            bar.total = length
+            file.write(chunk)
+            bar.update(len(chunk))
+
+
+def _chunks(url: str, timeout: float) -> Iterator[tuple[int | None, bytes]]:
+    """The content of `url` in chunks, each with the length of the whole as far as it is known."""
+    # A daemon thread reads the network: neither a name look-up nor a server that drips one byte at a
+    # time is bounded by a socket's timeout, but waiting for the thread's next chunk is.
+    inbox: queue.SimpleQueue[tuple[int | None, bytes] | Exception] = queue.SimpleQueue()
+    cancelled = threading.Event()
+
+    def read() -> None:
+        try:
+            with urllib.request.urlopen(url, timeout=timeout) as response:
+                length = response.headers.get("Content-Length")
+                chunk = b"-"
+                while chunk and not cancelled.is_set():
+                    chunk = response.read(CHUNK_BYTES)
+                    inbox.put((int(length) if length else None, chunk))
+        except (OSError, http.client.HTTPException) as error:
+            inbox.put(error)
+
+    threading.Thread(target=read, daemon=True).start()
+    try:
+        while True:
+            item = inbox.get(timeout=timeout)
+            if isinstance(item, Exception):
+                raise DownloadError(f"cannot download {url}: {_reason(item)}") from item
+            if not item[1]:
+                return
+            yield item
+    except queue.Empty:
+        raise DownloadError(f"cannot download {url}: no answer within {timeout:g} seconds") from None
+    finally:
+        cancelled.set()
+
+
+def _reason(error: Exception) -> str:
+    """One line that says why a request failed."""
+    if isinstance(error, urllib.error.HTTPError):
+        return f"HTTP {error.code} {error.reason}"
+    if isinstance(error, urllib.error.URLError):
+        return str(error.reason)
+    return str(error) or type(error).__name__
