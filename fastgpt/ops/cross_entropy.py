@@ -43,7 +43,7 @@ def reference(
     reduction: str = "mean",
     vocab_size: int | None = None,
 ) -> Tensor:
-    if vocab_size is not None:
+    if vocab_size is not None and vocab_size < logits.shape[-1]:
         logits = logits[..., :vocab_size]  # a view; its gradient is zero in the columns left out
     if logits.dtype != torch.float64:
         logits = logits.float()

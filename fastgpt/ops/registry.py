@@ -56,7 +56,11 @@ def register(
     function: Function,
     missing: Callable[[torch.device], str | None] = runs_everywhere,
 ) -> None:
-    """Add a row to the table; `function` has the signature of the public function less `backend`."""
+    """Add a row to the table; `function` has the signature of the public function less `backend`.
+
+    It may trust its arguments, which the public function has checked, but for the values of indices: on a CPU
+    it raises IndexError for one out of range, which the public function turns into an InputError.
+    """
     _table.setdefault(operation, {})[name] = Implementation(operation, name, function, missing)
 
 
@@ -91,6 +95,9 @@ class use:
     >>> with fastgpt.ops.use(attention="triton", gelu="eager"): # these two, inside the block
     ...     model(idx)
 
+    Leaving the block restores the choice of every operation as it was before `use(...)` was called, whatever
+    was chosen inside and however the block is left.
+
     An operation that has no such implementation keeps its choice when `use("triton")` names them all, and is
     an error when it is named itself. The environment variable FASTGPT_OPS takes the same choices:
     `FASTGPT_OPS=triton` or `FASTGPT_OPS=attention=triton,gelu=eager`.
@@ -100,7 +107,6 @@ class use:
     """
 
     def __init__(self, implementation: str | None = None, /, **operations: str) -> None:
-        self._before = dict(_choice)
         chosen = {}
         if implementation is not None:
             known = {AUTO} | {row.name for row in table()}
@@ -116,23 +122,35 @@ class use:
                 allowed = ", ".join([AUTO, *_table[operation]])
                 raise InputError(f"{operation} has no implementation {name!r}: choose one of {allowed}")
             chosen[operation] = name
+        self._chosen = chosen
+        self._outer: list[dict[str, str]] = []  # what each open block restores
+        self._first: dict[str, str] | None = dict(_choice)  # what the first block restores
         _choice.update(chosen)
 
     def __enter__(self) -> use:
+        self._outer.append(dict(_choice) if self._first is None else self._first)
+        self._first = None
+        _choice.update(self._chosen)  # the same object may be entered again
         return self
 
     def __exit__(self, *_: object) -> None:
         _choice.clear()
-        _choice.update(self._before)
+        _choice.update(self._outer.pop())
 
 
 def use_environment() -> None:
-    """Apply FASTGPT_OPS, if it is set."""
-    value = os.environ.get(ENVIRONMENT, "").strip()
-    if not value:
-        return
-    pairs = [item.split("=", 1) for item in value.split(",")]
-    everything = [pair[0].strip() for pair in pairs if len(pair) == 1]
+    """Apply FASTGPT_OPS, if it is set.
+
+    Raises:
+        InputError: it names an operation or implementation that does not exist.
+    """
+    value = os.environ.get(ENVIRONMENT, "")
+    items = [item.strip() for item in value.split(",") if item.strip()]
+    everything = [item for item in items if "=" not in item]
+    named = [item.split("=", 1) for item in items if "=" in item]
     if len(everything) > 1:
         raise InputError(f"{ENVIRONMENT}={value!r} names several implementations for every operation")
-    use(*everything, **{pair[0].strip(): pair[1].strip() for pair in pairs if len(pair) == 2})
+    try:
+        use(*everything, **{operation.strip(): name.strip() for operation, name in named})
+    except InputError as error:
+        raise InputError(f"{ENVIRONMENT}={value!r}: {error}") from None

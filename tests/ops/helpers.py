@@ -1,0 +1,177 @@
+"""What the tests of operations share: comparing, and a list of calls that covers every row of the table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgpt import ops
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def randn(*shape: int) -> Tensor:
+    """Standard normal in float64, recording gradients."""
+    return torch.randn(shape, dtype=torch.float64, requires_grad=True)
+
+
+def assert_same(actual: Tensor, expected: Tensor, tolerance: float = 1e-12) -> None:
+    """Equal up to float64 rounding: sums of at most hundreds of terms near 1 are off by less than 1e-13."""
+    assert actual.shape == expected.shape
+    assert actual.dtype == torch.float64
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def assert_accurate(actual: Tensor, eager: Tensor, oracle: Tensor) -> None:
+    """The error against the float64 oracle is at most twice PyTorch's in the same dtype, in both norms.
+
+    The floor is one unit in the last place of the largest value, for where PyTorch happens to be exact.
+    """
+    assert actual.shape == oracle.shape
+    assert actual.dtype == eager.dtype
+    if oracle.numel() == 0:
+        return
+    wide, torch_wide = actual.double().cpu(), eager.double().cpu()
+    assert not wide.isnan().any()
+    floor = torch.finfo(actual.dtype).eps
+    for norm in (torch.inf, 2):
+        size = torch.linalg.vector_norm(oracle, norm)
+        error = torch.linalg.vector_norm(wide - oracle, norm)
+        bound = 2 * torch.linalg.vector_norm(torch_wide - oracle, norm) + floor * size
+        assert error <= bound, f"norm {norm}: error {error:.3e} exceeds {bound:.3e} (size {size:.3e})"
+
+
+def spread(tensor: Tensor) -> Tensor:
+    """The same values with a stride of 2, and poison in the gaps."""
+    poison = torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max
+    return torch.stack([tensor, torch.full_like(tensor, poison)], -1)[..., 0]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of a public function on tensors that `make` makes: float64 or int64, on the CPU."""
+
+    operation: str
+    name: str
+    call: Callable[..., Any]
+    make: Callable[[], Sequence[Tensor]]
+    options: dict[str, Any]
+
+    def inputs(self, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
+        torch.manual_seed(0)
+        return [x.to(device, dtype) if x.is_floating_point() else x.to(device) for x in self.make()]
+
+    def __call__(self, inputs: Sequence[Tensor], backend: str) -> list[Tensor]:
+        out = self.call(*inputs, **self.options, backend=backend)
+        return list(out) if isinstance(out, tuple) else [out]
+
+
+def _case(operation: str, name: str, call: Callable[..., Any], *make: Any, **options: Any) -> Case:
+    """`make` holds shapes of normal tensors, or tensors (indices) taken as they are."""
+    return Case(
+        operation,
+        name,
+        call,
+        lambda: [
+            item if isinstance(item, Tensor) else torch.randn(*item, dtype=torch.float64) for item in make
+        ],
+        options,
+    )
+
+
+def _cases() -> list[Case]:
+    cases = []
+    # Widths: one element, off every vector width, GPT-2's. Rows: none, one, off every block size.
+    for rows, width in [(0, 33), (1, 1), (3, 768), (197, 33)]:
+        name = f"{rows}x{width}"
+        x, w = (rows, width), (width,)
+        cases += [
+            _case("layer_norm", name, ops.layer_norm, x, w, w),
+            _case("add_layer_norm", name, ops.add_layer_norm, x, x, w, w),
+            _case("rms_norm", name, ops.rms_norm, x, w),
+            _case("gelu", name, ops.gelu, x),
+            _case("bias_gelu", name, ops.bias_gelu, x, w),
+            _case("linear_gelu", name, ops.linear_gelu, x, (7, width), (7,)),
+            _case("dropout_add", name, ops.dropout_add, x, x, p=0.0),
+            _case("dropout_add", f"eval-{name}", ops.dropout_add, x, x, p=0.5, training=False),
+        ]
+    cases += [
+        _case("layer_norm", "no-bias", ops.layer_norm, (2, 5, 33), (33,), eps=1e-3),
+        _case("add_layer_norm", "no-bias", ops.add_layer_norm, (2, 5, 33), (2, 5, 33), (33,), eps=1e-3),
+        _case("rms_norm", "eps", ops.rms_norm, (2, 5, 33), (33,), eps=1e-3),
+        _case("gelu", "erf", ops.gelu, (2, 5, 33), approximate="none"),
+        _case("bias_gelu", "erf", ops.bias_gelu, (2, 5, 33), (33,), approximate="none"),
+        _case("linear_gelu", "erf-no-bias", ops.linear_gelu, (2, 5, 33), (9, 33), approximate="none"),
+    ]
+    # T: one, either side of a tile of 64. Tq < Tk: decoding, chunked prefill. D: small, 64, no power of 2.
+    for b, tq, tk, h, d, window in [
+        (0, 3, 3, 2, 16, None),
+        (2, 1, 1, 1, 16, None),
+        (2, 63, 63, 3, 16, None),
+        (1, 65, 65, 1, 64, None),
+        (1, 17, 17, 2, 80, None),
+        (2, 1, 65, 2, 16, None),
+        (2, 1, 65, 2, 16, 7),
+        (2, 5, 70, 2, 16, None),
+        (1, 66, 70, 2, 16, 9),
+    ]:
+        name = f"{b}-{tq}-{tk}-{h}-{d}-{window}"
+        shapes = (b, tq, h, d), (b, tk, h, d), (b, tk, h, d)
+        cases.append(_case("attention", name, ops.causal_attention, *shapes, window=window))
+    packed = ops.causal_attention_qkvpacked
+    cases += [
+        _case("attention", "packed", packed, (2, 33, 3, 2, 16)),
+        _case("attention", "packed-window", packed, (2, 33, 3, 2, 16), window=4, scale=0.5),
+    ]
+    idx = torch.tensor([[3, 0, 3, 10], [3, 5, 5, 9]])
+    cases += [
+        _case("embedding", "rows-repeated", ops.embedding, idx, (11, 33), (6, 33)),
+        _case("embedding", "start", ops.embedding, idx, (11, 33), (6, 33), start=2),
+        _case("embedding", "empty", ops.embedding, idx[:0], (11, 33), (6, 33)),
+    ]
+    targets = torch.arange(6).reshape(2, 3) * 7
+    some = targets.clone()
+    some[0, 1] = some[1, 2] = -100
+    options_of: list[tuple[str, Tensor, dict[str, Any]]] = [
+        ("plain", targets, {}),
+        ("sum", some, {"reduction": "sum"}),
+        ("none", some, {"reduction": "none"}),
+        ("smooth", some, {"label_smoothing": 0.1}),
+        ("z", some, {"z_loss": 0.01}),
+        ("padded", some, {"vocab_size": 50, "label_smoothing": 0.1, "z_loss": 0.01}),
+    ]
+    for name, target, options in options_of:
+        cases += [
+            _case("cross_entropy", name, ops.cross_entropy, (2, 3, 57), target, **options),
+            _case(
+                "linear_cross_entropy",
+                name,
+                ops.linear_cross_entropy,
+                (2, 3, 33),
+                (57, 33),
+                target,
+                chunk_rows=4,
+                **options,
+            ),
+        ]
+    empty = targets[:0]
+    cases += [
+        _case("cross_entropy", "empty", ops.cross_entropy, (0, 3, 57), empty, reduction="sum"),
+        _case(
+            "linear_cross_entropy",
+            "empty",
+            ops.linear_cross_entropy,
+            (0, 3, 33),
+            (57, 33),
+            empty,
+            reduction="none",
+        ),
+    ]
+    return cases
+
+
+CASES = _cases()
