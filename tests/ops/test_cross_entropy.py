@@ -61,7 +61,7 @@ SOME[0, 1] = SOME[1, 2] = IGNORE
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("z_loss", [0.0, 0.01])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("vocab_size", [None, 11, 7])
+@pytest.mark.parametrize("vocab_size", [None, 11, 10, 7])  # of 11: none, one and several padded columns
 def test_equations(
     targets: Tensor, label_smoothing: float, z_loss: float, reduction: str, vocab_size: int | None
 ) -> None:

@@ -113,6 +113,17 @@ def test_same_object_can_be_entered_again() -> None:
             assert ran() == "one"
 
 
+def test_entering_again_restores_the_choice_at_that_time() -> None:
+    zero = ops.use(gelu="zero")
+    with zero:
+        pass
+    assert ran() == "eager"
+    ops.use(gelu="one")
+    with zero:
+        assert ran() == "zero"
+    assert ran() == "one"
+
+
 @pytest.mark.parametrize(
     ("arguments", "operations", "message"),
     [
