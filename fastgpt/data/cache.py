@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import http.client
 import os
 import queue
 import sys
@@ -124,7 +123,7 @@ def _chunks(url: str, timeout: float) -> Iterator[tuple[int | None, bytes]]:
                 while chunk and not cancelled.is_set():
                     chunk = response.read(CHUNK_BYTES)
                     inbox.put((int(length) if length else None, chunk))
-        except (OSError, http.client.HTTPException) as error:
+        except Exception as error:  # whatever it is, it is raised where it is waited for
             inbox.put(error)
 
     threading.Thread(target=read, daemon=True).start()
