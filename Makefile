@@ -11,7 +11,7 @@ help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 train: install  ## train a character-level GPT on tiny Shakespeare and sample from it
-	$(BIN)/fastgpt train char-cpu --corpus shakespeare-or-pydocs $(ARGS)
+	$(BIN)/fastgpt train char-cpu --fallback-corpus pydocs $(ARGS)
 
 install: $(STAMP)  ## create .venv with fastgpt (editable) and its development tools
 

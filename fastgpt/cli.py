@@ -11,12 +11,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import tyro
 from tyro.conf import Positional
 
-from fastgpt.config import PRESETS, TrainConfig, override, preset
+from fastgpt.config import PRESETS, TokenizerName, TrainConfig, override, preset
 from fastgpt.errors import InputError, TrainingStopped
 
 USAGE = f"""\
@@ -62,7 +62,7 @@ class PrepareArgs:
     """`shakespeare`, `pydocs`, a text file or a folder of text files."""
     out: Path
     """The folder to write; `fastgpt train --corpus FOLDER` reads it."""
-    tokenizer: Literal["char", "byte", "gpt2"] = "gpt2"
+    tokenizer: TokenizerName = "gpt2"
     """How text becomes tokens."""
     val_fraction: float = 0.1
     """The share at the end of the text that is kept for validation."""
@@ -130,12 +130,9 @@ def _train_config(args: Sequence[str]) -> tuple[str, TrainConfig]:
     """The name to call the run by, and its settings: a preset, YAML file or saved run, then the options."""
     first, rest = (args[0], args[1:]) if args and not args[0].startswith("-") else ("", args)
     if first:
-        name, default = (
-            (Path(first).stem, _from_yaml(Path(first))) if _is_yaml(first) else (first, preset(first))
-        )
-    elif "--resume" in rest and "--out-dir" in rest[:-1]:
-        out_dir = Path(rest[rest.index("--out-dir") + 1])
-        name, default = out_dir.name, _from_run(out_dir)
+        name, default = Path(first).stem, load_settings(first)
+    elif "--resume" in rest and (saved := _option(rest, "--out-dir")):
+        name, default = Path(saved).name, _from_run(Path(saved))
     elif {"-h", "--help"} & set(rest):
         print(TRAIN_USAGE)
         raise SystemExit(0)
@@ -144,8 +141,19 @@ def _train_config(args: Sequence[str]) -> tuple[str, TrainConfig]:
     return name, _parse(TrainConfig, rest, f"train {first}".strip(), default)
 
 
-def _is_yaml(name: str) -> bool:
-    return name.endswith((".yaml", ".yml"))
+def _option(args: Sequence[str], name: str) -> str | None:
+    """The value of an option, written `--name value` or `--name=value`."""
+    for arg, following in zip(args, [*args[1:], None], strict=True):
+        if arg == name:
+            return following
+        if arg.startswith(f"{name}="):
+            return arg.removeprefix(f"{name}=")
+    return None
+
+
+def load_settings(name: str) -> TrainConfig:
+    """The settings of a preset or of a YAML file."""
+    return _from_yaml(Path(name)) if name.endswith((".yaml", ".yml")) else preset(name)
 
 
 def _from_yaml(path: Path) -> TrainConfig:

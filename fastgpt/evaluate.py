@@ -43,7 +43,7 @@ def validation_loss(
         autocast: the precision to evaluate in.
         forward: called in place of the model, such as the same model compiled.
     """
-    forward = forward or model
+    forward = model if forward is None else forward
     total, count = torch.zeros((), device=device), 0
     with evaluating(model), autocast or contextlib.nullcontext():
         for x, y in windows.batches(batch_size):

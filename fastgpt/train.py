@@ -354,7 +354,7 @@ def open_data(config: TrainConfig, tokenizer: Tokenizer | None) -> tuple[TokenDa
     except DownloadError as error:
         if config.fallback_corpus is None:
             raise
-        print(f"{error} Training on {config.fallback_corpus!r} instead.")
+        print(f"{error}: training on {config.fallback_corpus!r} instead")
         config = dataclasses.replace(config, corpus=config.fallback_corpus)
         folder = prepared(config.corpus, chosen, val_fraction=config.val_fraction)
     data = TokenDataset.open(folder)

@@ -1,0 +1,150 @@
+"""Sampling: the cache changes nothing, the options do what they say, and no padded id ever comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from fastgpt import GPT, GPTConfig
+from fastgpt.data import ByteTokenizer, CharTokenizer, GPT2Tokenizer
+from fastgpt.errors import InputError
+from fastgpt.generate import choose, encode_prompt, generate, sample_text, stream_text
+
+CONFIG = GPTConfig(vocab_size=65, block_size=16, n_layer=2, n_head=2, n_embd=32)
+
+
+@pytest.fixture(scope="module")
+def model() -> GPT:
+    torch.manual_seed(0)
+    model = GPT(CONFIG)
+    with torch.no_grad():  # sharp, context-dependent predictions: greedy text of initial weights is constant
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.2)
+    return model
+
+
+def run(model: GPT, prompt: torch.Tensor, count: int, **options: object) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.stack(list(generate(model, prompt, count, generator=generator, **options)), dim=1)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("prompt_length", [1, 5, 16, 23])
+def test_cache_gives_the_same_tokens_past_the_block_size(
+    model: GPT, temperature: float, prompt_length: int
+) -> None:
+    prompt = torch.randint(65, (3, prompt_length), generator=torch.Generator().manual_seed(2))
+    cached = run(model, prompt, 40, temperature=temperature)
+    plain = run(model, prompt, 40, temperature=temperature, use_cache=False)
+    assert torch.equal(cached, plain)
+    assert cached.unique().numel() > 5  # not some fixed point that any bug would reach too
+
+
+def test_greedy_matches_a_plain_loop_over_forward(model: GPT) -> None:
+    prompt = torch.tensor([[3, 1, 4]])
+    idx = prompt
+    model.eval()
+    for _ in range(30):
+        logits = model(idx[:, -16:])[0][:, -1]
+        idx = torch.cat([idx, logits.argmax(-1, keepdim=True)], dim=1)
+    assert torch.equal(run(model, prompt, 30, temperature=0.0), idx[:, 3:])
+
+
+def test_generation_leaves_the_model_and_global_generators_alone(model: GPT) -> None:
+    model.train()
+    before = torch.get_rng_state()
+    stream = generate(model, torch.tensor([[1]]), 3, generator=torch.Generator().manual_seed(1))
+    next(stream)
+    assert torch.is_grad_enabled()
+    assert model.training
+    list(stream)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_padded_ids_never_come_out(model: GPT) -> None:
+    with torch.no_grad():
+        saved = model.token_embedding[65:].clone()
+        model.token_embedding[65:] = 1e3  # they would win every draw
+    ids = run(model, torch.zeros(4, 1, dtype=torch.long), 50, temperature=5.0)
+    with torch.no_grad():
+        model.token_embedding[65:] = saved
+    assert ids.max() < 65
+
+
+def draws(logits: torch.Tensor, count: int = 4000, **options: object) -> torch.Tensor:
+    """How often each token is chosen."""
+    generator = torch.Generator().manual_seed(0)
+    chosen = choose(logits.expand(count, -1), generator=generator, **options)
+    return torch.bincount(chosen, minlength=logits.size(-1)) / count
+
+
+def test_temperature_top_k_and_top_p() -> None:
+    probs = torch.tensor([[0.4, 0.05, 0.3, 0.25]])
+    logits = probs.log()
+    torch.testing.assert_close(draws(logits), probs[0], atol=0.03, rtol=0)
+    sharper = probs[0].pow(2) / probs.pow(2).sum()
+    torch.testing.assert_close(draws(logits, temperature=0.5), sharper, atol=0.03, rtol=0)
+    top_two = torch.tensor([4 / 7, 0, 3 / 7, 0])
+    torch.testing.assert_close(draws(logits, top_k=2), top_two, atol=0.03, rtol=0)
+    torch.testing.assert_close(draws(logits, top_p=0.7), top_two, atol=0.03, rtol=0)
+    three = torch.tensor([0.4, 0, 0.3, 0.25]) / 0.95
+    torch.testing.assert_close(draws(logits, top_p=0.71), three, atol=0.03, rtol=0)
+    assert draws(logits, top_p=1e-9)[0] == 1  # the most likely token always stays
+    assert draws(logits, temperature=0.0)[0] == 1
+    assert draws(logits, top_k=1)[0] == 1
+    torch.testing.assert_close(draws(logits, top_k=100, top_p=1.0), probs[0], atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": -1.0}, "temperature = -1.0: it must be at least 0"),
+        ({"top_k": 0}, "top_k = 0: it must be at least 1"),
+        ({"top_p": 0.0}, "top_p = 0.0: it must be greater than 0"),
+        ({"top_p": 1.5}, "top_p = 1.5: it must be greater than 0 and at most 1"),
+    ],
+)
+def test_impossible_options_are_refused(options: dict[str, float], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        choose(torch.zeros(1, 4), **options)
+
+
+def test_an_empty_prompt_tensor_is_refused(model: GPT) -> None:
+    with pytest.raises(InputError, match="at least one token"):
+        next(generate(model, torch.empty(1, 0, dtype=torch.long), 1))
+
+
+def as_tokens(ids: list[int]) -> Iterator[torch.Tensor]:
+    return (torch.tensor([i]) for i in ids)
+
+
+def test_streaming_holds_back_half_characters() -> None:
+    pieces = list(stream_text(ByteTokenizer(), as_tokens(list("aé€😀b".encode()))))
+    assert "".join(pieces) == "aé€😀b"
+    assert "\ufffd" not in "".join(pieces)
+    assert pieces[1] == ""  # the first byte of é waits for the second
+    assert "".join(stream_text(ByteTokenizer(), as_tokens([0x61, 0xC3]))) == "a\ufffd"
+
+
+def test_streaming_stops_at_end_of_text() -> None:
+    tokenizer = GPT2Tokenizer()
+    ids = tokenizer.encode("Hello world").tolist()
+    assert "".join(stream_text(tokenizer, as_tokens([*ids, tokenizer.eot, *ids]))) == "Hello world"
+
+
+def test_an_empty_prompt_starts_a_document() -> None:
+    assert encode_prompt(GPT2Tokenizer(), "").tolist() == [50256]
+    assert encode_prompt(CharTokenizer("\nab"), "").tolist() == [0]
+    assert encode_prompt(CharTokenizer("ab"), "").tolist() == [0]
+    assert encode_prompt(ByteTokenizer(), "").tolist() == [10]
+
+
+def test_sample_text_is_reproducible(model: GPT) -> None:
+    tokenizer = CharTokenizer("".join(chr(33 + i) for i in range(65)))
+    first = sample_text(model, tokenizer, "AB", 20, seed=3)
+    assert first == sample_text(model, tokenizer, "AB", 20, seed=3)
+    assert first != sample_text(model, tokenizer, "AB", 20, seed=4)
+    assert first.startswith("AB")
+    assert len(first) == 22

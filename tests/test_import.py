@@ -1,0 +1,50 @@
+"""`import fastgpt` is quick and does nothing but define things."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+HEAVY = (
+    "tyro",
+    "tqdm",
+    "matplotlib",
+    "tensorboard",
+    "tiktoken",
+    "yaml",
+    "datasets",
+    "transformers",
+    "triton",
+)
+
+PROBE = f"""
+import sys, threading, time, os, random, signal
+import torch
+loaded, threads = set(sys.modules), threading.active_count()
+rng, grad, dtype = torch.get_rng_state(), torch.is_grad_enabled(), torch.get_default_dtype()
+environment, handlers = dict(os.environ), [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+start = time.perf_counter()
+import fastgpt
+seconds = time.perf_counter() - start
+assert fastgpt.__all__ == ["GPT", "GPTConfig", "__version__", "ops"]
+new = set(sys.modules) - loaded
+heavy = [name for name in {HEAVY!r} if name in new]
+assert not heavy, heavy
+assert threading.active_count() == threads
+assert torch.equal(torch.get_rng_state(), rng)
+assert (torch.is_grad_enabled(), torch.get_default_dtype()) == (grad, dtype)
+assert os.environ == environment
+assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
+assert not torch.cuda.is_initialized()
+print(seconds)
+"""
+
+
+def test_import_takes_under_a_tenth_of_a_second_beyond_torch() -> None:
+    times = []
+    for _ in range(3):  # the machine may be busy: the best of three
+        done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == ""
+        times.append(float(done.stdout))
+    assert min(times) < 0.1, times
