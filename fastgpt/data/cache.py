@@ -80,19 +80,23 @@ def download(url: str, path: str | Path, *, sha256: str, timeout: float = 10.0) 
     """Download `url` to `path`, unless `path` already is the file with this SHA-256; return `path`.
 
     Raises `DownloadError` when the server cannot be reached or answers with an error, when it sends less
-    than 16 KiB within `timeout` seconds (name look-up and connecting count), or when the hash is wrong.
+    than 16 KiB within `timeout` seconds (name look-up and connecting count), when the hash is wrong, or
+    when `path` cannot be written.
     """
     path = Path(path)
     if path.is_file() and sha256_of(path) == sha256:
         return path
-    with atomic_write(path) as temporary:
-        _fetch(url, temporary, timeout)
-        actual = sha256_of(temporary)
-        if actual != sha256:
-            raise DownloadError(
-                f"downloaded {url} but it is not the expected file ({temporary.stat().st_size} bytes, "
-                f"SHA-256 {actual[:16]}..., expected {sha256[:16]}...): try again, or check your proxy"
-            )
+    try:
+        with atomic_write(path) as temporary:
+            _fetch(url, temporary, timeout)
+            actual = sha256_of(temporary)
+            if actual != sha256:
+                raise DownloadError(
+                    f"downloaded {url} but it is not the expected file ({temporary.stat().st_size} bytes, "
+                    f"SHA-256 {actual[:16]}..., expected {sha256[:16]}...): try again, or check your proxy"
+                )
+    except OSError as error:
+        raise DownloadError(f"cannot write {path}: {error.strerror}. Set FASTGPT_CACHE") from error
     return path
 
 

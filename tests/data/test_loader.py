@@ -192,6 +192,13 @@ def test_tokens_outside_the_vocabulary(rank: int) -> None:
         next(ValidationSet(shards, 10, vocab_size=50257).batches(20))
 
 
+def test_the_last_token_of_the_vocabulary_is_in_it() -> None:
+    shards = [np.array([0, 1, 2], dtype=np.uint16)]
+    assert Loader(shards, 2, 1, seed=0, vocab_size=3).batch(0)[1].tolist() == [[1, 2]]
+    with pytest.raises(InputError, match="holds token 2"):
+        Loader(shards, 2, 1, seed=0, vocab_size=2).batch(0)
+
+
 @pytest.mark.parametrize("shards", [[10], [10, 3], [1]])
 def test_too_little_text(shards: list[int]) -> None:
     message = rf"text of {max(shards)} tokens is shorter than a window of block_size \+ 1 = 11"

@@ -197,7 +197,7 @@ prepare(open_corpus(sys.argv[1]), "byte", sys.argv[2], shard_tokens=1000)
 
 def test_a_kill_leaves_no_half_folder(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(TEXT)
-    out = tmp_path / "made" / "out"
+    out = tmp_path / "made" / "out [1]"  # what a shell would take for a pattern
     with subprocess.Popen(
         [sys.executable, "-c", KILLED, str(tmp_path / "text.txt"), str(out)], stdout=subprocess.PIPE
     ) as process:
@@ -231,6 +231,8 @@ def test_too_little_text_to_split(tmp_path: Path) -> None:
 def test_bad_arguments(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="unknown tokenizer 'chars': did you mean 'char'"):
         prepare(corpus_of(TEXT), "chars", tmp_path / "out")
+    with pytest.raises(InputError, match="workers is 0"):
+        prepare(corpus_of(TEXT), "char", tmp_path / "out", workers=0)
     with pytest.raises(InputError, match="shard_tokens is 0"):
         prepare(corpus_of(TEXT), "char", tmp_path / "out", shard_tokens=0)
     with pytest.raises(InputError, match="not in the char vocabulary"):
