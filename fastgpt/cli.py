@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import logging
 import os
 import sys
 import time
@@ -335,6 +336,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"did you mean {close[0]!r}?" if close else f"the commands are {', '.join(COMMANDS)}"
         print(f"fastgpt: error: unknown command {command!r}: {hint}", file=sys.stderr)
         return 2
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("fastgpt").setLevel(logging.INFO)
     try:
         COMMANDS[command](args[1:])
     except InputError as error:
@@ -348,5 +351,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:  # `fastgpt sample ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except OSError as error:  # a full disk or missing permission, outside the places that say more
+        print(f"fastgpt {command}: error: {error}", file=sys.stderr)
+        return 2
     return 0

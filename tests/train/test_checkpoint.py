@@ -9,6 +9,7 @@ import random
 import resource
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -141,6 +142,44 @@ def test_a_process_killed_while_writing_leaves_whole_checkpoints(tmp_path: Path)
     save(tmp_path, last + 1)
     assert not list((tmp_path / "checkpoints").glob(".writing-*"))
     assert len(checkpoint.checkpoints(tmp_path)) <= 3
+
+
+def _save_and_die(run: Path, operation: int) -> None:
+    """Save step 4, and die by SIGKILL just before the given file operation of it."""
+    torch.set_num_threads(1)
+    count = 0
+
+    def audit(event: str, _: object) -> None:
+        nonlocal count
+        if event in ("open", "shutil.rmtree") or event.startswith("os."):
+            count += 1
+            if count == operation:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(audit)
+    save(run, 4, val_loss=0.5)
+
+
+def test_a_process_killed_before_any_file_operation_leaves_whole_checkpoints(tmp_path: Path) -> None:
+    """Where the random kills above may miss a short moment: every operation that Python makes, in turn.
+
+    Step 1 is neither the best nor one of the last two, so that saving step 4 also deletes a checkpoint.
+    """
+    fork = multiprocessing.get_context("fork")
+    operation, killed = 0, True
+    while killed:
+        operation += 1
+        run = tmp_path / str(operation)
+        for step, val_loss in [(1, 3.0), (2, 2.0), (3, 1.0)]:
+            save(run, step, val_loss)
+        writer = fork.Process(target=_save_and_die, args=(run, operation))
+        writer.start()
+        writer.join()
+        killed = writer.exitcode == -signal.SIGKILL
+        steps = [checkpoint.load(path).state["step"] for path in checkpoint.checkpoints(run)]
+        assert steps in ([2, 3], [2, 3, 4], [3, 4]), (operation, steps)
+    assert steps == [3, 4]
+    assert operation > 20
 
 
 def test_a_full_disk_is_one_clear_error_and_the_old_checkpoint_survives(tmp_path: Path) -> None:

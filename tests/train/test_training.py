@@ -171,6 +171,27 @@ def test_accumulation_weighs_by_tokens_not_by_micro_batch(tiny: Tiny) -> None:
     torch.testing.assert_close(loss, expected)
 
 
+def test_each_step_trains_on_its_own_batch(tiny: Tiny) -> None:
+    trainer = start(tiny())
+    seen: list[torch.Tensor] = []
+    trainer.model.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    for step in range(3):
+        seen.clear()
+        trainer.step()
+        assert torch.equal(torch.cat(seen), torch.from_numpy(trainer.loader.batch(step)[0]))
+
+
+def test_evaluating_and_sampling_do_not_disturb_training(tiny: Tiny) -> None:
+    trainer = start(tiny(model=dataclasses.replace(tiny().model, dropout=0.5)))
+    trainer.model.train()
+    before = torch.get_rng_state()
+    assert trainer.evaluate() == trainer.evaluate()  # without dropout
+    assert trainer.sample() == trainer.sample()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(module.training for module in trainer.model.modules())
+    assert all(p.grad is None for p in trainer.model.parameters())
+
+
 def test_weight_decay_pulls_on_matrices_only(tiny: Tiny) -> None:
     trainer = start(tiny())
     decay, keep = trainer.optimizer.param_groups
@@ -216,6 +237,18 @@ def test_a_nan_stops_the_run_and_keeps_the_last_good_checkpoint(
     saved = last(config.out_dir)
     assert saved.state["step"] == 5
     assert all(tensor.isfinite().all() for tensor in saved.model.values())
+
+
+def test_a_nan_is_never_saved(tiny: Tiny) -> None:
+    trainer = start(tiny())
+    trainer.step()
+    trainer.save()
+    with torch.no_grad():
+        trainer.model.token_embedding.fill_(math.nan)
+    trainer.step()
+    with pytest.raises(TrainingStopped, match="step 2: loss nan"):
+        trainer.save()
+    assert [path.name for path in checkpoint.checkpoints(trainer.out_dir)] == ["step-000001"]
 
 
 def test_a_huge_learning_rate_is_stopped_too(tiny: Tiny) -> None:
