@@ -18,11 +18,14 @@ the returned sum, for both addends.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt.ops.checks import check_floating, check_shape, last_dimension
+from fastgpt.ops.library import Kernels, Operator, add_triton, check_dtypes
 from fastgpt.ops.registry import Cost, register, select
 
 
@@ -39,6 +42,116 @@ def add_reference(
 
 register("layer_norm", "eager", reference)
 register("add_layer_norm", "eager", add_reference)
+
+
+def _fake_forward(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, ...]:
+    statistic = x.new_empty(x.shape[:-1], dtype=torch.float32)
+    return x.new_empty(x.shape), statistic, torch.empty_like(statistic)  # y, mean, rstd
+
+
+def _fake_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, has_bias: bool
+) -> tuple[Tensor, ...]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[0] * has_bias)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, bias, _ = inputs
+    _, mean, rstd = output
+    ctx.save_for_backward(x, weight, mean, rstd)
+    ctx.has_bias = bias is not None
+    ctx.mark_non_differentiable(mean, rstd)
+
+
+def _gradients(kernels: Kernels, ctx: Any, dy: Tensor, *_: object) -> tuple[Tensor | None, ...]:
+    dx, dw, db = kernels.backward(dy, *ctx.saved_tensors, ctx.has_bias)
+    return dx, dw, db if ctx.has_bias else None, None
+
+
+def _call(
+    kernels: Kernels, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, eps: float = 1e-5
+) -> Tensor:
+    check_dtypes(x=x, weight=weight, bias=bias)
+    return kernels.forward(x, weight, bias, eps)[0]
+
+
+def _add_fake_forward(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, ...]:
+    summed = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
+    y, mean, rstd = _fake_forward(summed, weight, bias, eps)
+    return y, summed, mean, rstd
+
+
+def _add_fake_backward(
+    dy: Tensor,
+    dsummed: Tensor | None,
+    summed: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    has_bias: bool,
+) -> tuple[Tensor, ...]:
+    return _fake_backward(dy, summed, weight, mean, rstd, has_bias)
+
+
+def _add_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, _, weight, bias, _ = inputs
+    _, summed, mean, rstd = output
+    ctx.save_for_backward(summed, weight, mean, rstd)
+    ctx.has_bias = bias is not None
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)  # an output that nothing uses costs no pass over zeros
+
+
+def _add_gradients(
+    kernels: Kernels, ctx: Any, dy: Tensor | None, dsummed: Tensor | None, *_: object
+) -> tuple[Tensor | None, ...]:
+    if dy is None:  # only the sum was used
+        return dsummed, dsummed, None, None, None
+    dx, dw, db = kernels.backward(dy, dsummed, *ctx.saved_tensors, ctx.has_bias)
+    return dx, dx, dw, db if ctx.has_bias else None, None
+
+
+def _add_call(
+    kernels: Kernels,
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    check_dtypes(x=x, residual=residual, weight=weight, bias=bias)
+    y, summed, _, _ = kernels.forward(x, residual, weight, bias, eps)
+    return y, summed
+
+
+LAYER_NORM = Operator(
+    name="layer_norm",
+    forward="(Tensor x, Tensor weight, Tensor? bias, float eps) -> (Tensor y, Tensor mean, Tensor rstd)",
+    backward="(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor rstd, bool has_bias) "
+    "-> (Tensor dx, Tensor dw, Tensor db)",
+    fake_forward=_fake_forward,
+    fake_backward=_fake_backward,
+    save=_save,
+    gradients=_gradients,
+    call=_call,
+)
+ADD_LAYER_NORM = Operator(
+    name="add_layer_norm",
+    forward="(Tensor x, Tensor residual, Tensor weight, Tensor? bias, float eps) "
+    "-> (Tensor y, Tensor summed, Tensor mean, Tensor rstd)",
+    backward="(Tensor dy, Tensor? dsummed, Tensor summed, Tensor weight, Tensor mean, Tensor rstd, "
+    "bool has_bias) -> (Tensor dx, Tensor dw, Tensor db)",
+    fake_forward=_add_fake_forward,
+    fake_backward=_add_fake_backward,
+    save=_add_save,
+    gradients=_add_gradients,
+    call=_add_call,
+)
+add_triton(LAYER_NORM, "layer_norm")
+add_triton(ADD_LAYER_NORM, "layer_norm")
 
 
 def layer_norm(

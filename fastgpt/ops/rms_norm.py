@@ -12,11 +12,14 @@ Backward, with g = dy * w:
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt.ops.checks import check_floating, check_shape, last_dimension
+from fastgpt.ops.library import Kernels, Operator, add_triton, check_dtypes
 from fastgpt.ops.registry import Cost, register, select
 
 
@@ -25,6 +28,43 @@ def reference(x: Tensor, weight: Tensor, *, eps: float = 1e-6) -> Tensor:
 
 
 register("rms_norm", "eager", reference)
+
+
+def _call(kernels: Kernels, x: Tensor, weight: Tensor, *, eps: float = 1e-6) -> Tensor:
+    check_dtypes(x=x, weight=weight)
+    return kernels.forward(x, weight, eps)[0]
+
+
+def _fake_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+def _fake_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, _ = inputs
+    _, rstd = output
+    ctx.save_for_backward(x, weight, rstd)
+    ctx.mark_non_differentiable(rstd)
+
+
+def _gradients(kernels: Kernels, ctx: Any, dy: Tensor, *_: object) -> tuple[Tensor | None, ...]:
+    return *kernels.backward(dy, *ctx.saved_tensors), None
+
+
+RMS_NORM = Operator(
+    name="rms_norm",
+    call=_call,
+    forward="(Tensor x, Tensor weight, float eps) -> (Tensor y, Tensor rstd)",
+    fake_forward=_fake_forward,
+    backward="(Tensor dy, Tensor x, Tensor weight, Tensor rstd) -> (Tensor dx, Tensor dw)",
+    fake_backward=_fake_backward,
+    save=_save,
+    gradients=_gradients,
+)
+add_triton(RMS_NORM, "rms_norm")
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-6, backend: str | None = None) -> Tensor:

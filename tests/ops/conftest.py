@@ -1,9 +1,13 @@
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 from fastgpt import ops
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported: kernels run on CPU tensors
 
 
 @pytest.fixture(autouse=True, scope="session")

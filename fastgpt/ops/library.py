@@ -1,0 +1,124 @@
+"""Kernels as PyTorch operators: what all implementations of an operation share, declared once.
+
+A kernel reaches PyTorch as two operators of `torch.library`, `<operation>_forward` and
+`<operation>_backward`, in the namespace of its implementation (`fastgpt_triton`, `fastgpt_native`). Their
+schemas, fake functions (which tell `torch.compile` the shapes) and the autograd formula belong to the
+operation, not to the kernel: an `Operator` holds them, so that a second implementation adds nothing but its
+kernels.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastgpt.errors import InputError
+from fastgpt.ops.registry import register
+
+
+class Kernels(NamedTuple):
+    """The operators of one implementation."""
+
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]  # `forward` again where there is no gradient
+
+
+@dataclass(frozen=True)
+class Operator:
+    """What every kernel of an operation has in common.
+
+    Schemas have no absent outputs: a gradient that is not wanted comes back with shape (0,). Kernels take
+    arguments with any strides and return contiguous tensors, none of which shares memory with another or with
+    an argument. No operator has a second derivative: its formula raises NotImplementedError.
+
+    An operation without a gradient leaves out `backward`, `fake_backward`, `save` and `gradients`.
+    """
+
+    name: str
+    call: Callable[..., Any]  # (kernels, *arguments): as the public function, less `backend`
+    forward: str  # schema without the name: "(Tensor x, float eps) -> (Tensor, Tensor)"
+    fake_forward: Callable[..., Any]
+    backward: str | None = None
+    fake_backward: Callable[..., Any] | None = None
+    save: Callable[..., None] | None = None  # (ctx, inputs, output) of the forward operator
+    gradients: Callable[..., Any] | None = None  # (kernels, ctx, *of the outputs): one for each input
+
+
+def add_triton(operator: Operator, module: str) -> None:
+    """Add the row `triton`: functions `<name>_forward` and `<name>_backward` of `fastgpt.kernels.<module>`.
+
+    Triton is not imported before the first of them runs.
+    """
+    for direction, schema in (("forward", operator.forward), ("backward", operator.backward)):
+        if schema is not None:
+            name = f"{operator.name}_{direction}"
+            _triton.define(name + schema)
+            for key in ("CPU", "CUDA"):
+                _triton.impl(name, _lazy(f"fastgpt.kernels.{module}", name), key)
+    kernels = _attach(_triton.ns, operator)
+    register(operator.name, "triton", functools.partial(operator.call, kernels), triton_missing)
+
+
+def triton_missing(device: torch.device) -> str | None:
+    """Why Triton kernels cannot run on the device, or None when they can."""
+    if not _HAS_TRITON:
+        return "Triton is not installed (Linux only): pip install triton"
+    if device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return (
+        "Triton kernels run on CUDA tensors, which take an NVIDIA GPU and its driver; to try one on CPU "
+        "tensors, thousands of times slower, set TRITON_INTERPRET=1 before Python starts"
+    )
+
+
+def check_dtypes(**tensors: Tensor | None) -> None:
+    """The dtypes that kernels take, which compute in fp32 whatever they read."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise InputError(
+                f"{name} has dtype {tensor.dtype}: kernels take float32, float16 and bfloat16; "
+                "use backend='eager' for others"
+            )
+
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_triton = torch.library.Library("fastgpt_triton", "DEF")
+
+
+def _lazy(module: str, name: str) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        return getattr(importlib.import_module(module), name)(*args)
+
+    return run
+
+
+def _attach(namespace: str, operator: Operator) -> Kernels:
+    """Give the operators of `namespace`, already defined, their fake functions and their derivative."""
+    packets = getattr(torch.ops, namespace)
+    forward = getattr(packets, f"{operator.name}_forward").default
+    torch.library.register_fake(forward, operator.fake_forward)
+    if operator.backward is None:
+        return Kernels(forward, forward)
+    backward = getattr(packets, f"{operator.name}_backward").default
+    kernels = Kernels(forward, backward)
+
+    def gradients(ctx: Any, *grads: Tensor | None) -> Any:
+        if torch.is_grad_enabled():  # only under create_graph=True
+            raise NotImplementedError(
+                f"{operator.name} has no second derivative in its kernels: use backend='eager' where "
+                "create_graph=True is needed"
+            )
+        assert operator.gradients is not None
+        return operator.gradients(kernels, ctx, *grads)
+
+    assert operator.fake_backward is not None
+    torch.library.register_fake(backward, operator.fake_backward)
+    torch.library.register_autograd(forward, gradients, setup_context=operator.save)
+    return kernels
