@@ -15,9 +15,7 @@ called step-N is complete. The best by validation loss and the last two are kept
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +29,7 @@ from torch import Tensor
 from fastgpt.config import GPTConfig
 from fastgpt.data.tokenizers import Tokenizer, load_tokenizer, save_tokenizer
 from fastgpt.errors import InputError
+from fastgpt.files import fsync, sha256_of
 
 FOLDER = "checkpoints"
 SUMS = "SHA256SUMS"
@@ -86,7 +85,7 @@ def save(
         save_file(training, unfinished / "training.safetensors")
         _write_sums(unfinished)
         unfinished.rename(final)
-        _sync(final.parent)
+        fsync(final.parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         kept = checkpoints(run)
@@ -97,28 +96,11 @@ def save(
 
 
 def _write_sums(folder: Path) -> None:
-    lines = [f"{_sha256(path)}  {path.name}\n" for path in sorted(folder.iterdir())]
+    lines = [f"{sha256_of(path)}  {path.name}\n" for path in sorted(folder.iterdir())]
     (folder / SUMS).write_text("".join(lines))
     for path in folder.iterdir():
-        _sync(path)
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        fsync(path)
+    fsync(folder)
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -209,7 +191,7 @@ def verify(path: Path) -> None:
         file = path / name
         if not file.is_file() or name not in expected:
             raise DamagedCheckpoint(f"{file} is missing, or missing from {SUMS}: the checkpoint is damaged.")
-        if _sha256(file) != expected[name]:
+        if sha256_of(file) != expected[name]:
             raise DamagedCheckpoint(f"{file} is damaged: its sha256 is not the one recorded in {SUMS}.")
 
 

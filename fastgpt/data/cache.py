@@ -1,20 +1,18 @@
-"""The cache folder, files written whole or not at all, and downloads that never hang or end half done."""
+"""The cache folder, and downloads that never hang or end half done."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import queue
 import sys
 import threading
 import urllib.error
 import urllib.request
-import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from fastgpt.errors import InputError
+from fastgpt.files import atomic_write, sha256_of
 
 # The slowest link that is not called stalled delivers one chunk per `timeout`.
 CHUNK_BYTES = 16 * 1024
@@ -36,44 +34,6 @@ def cache_dir() -> Path:
     else:
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return base / "fastgpt"
-
-
-@contextmanager
-def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path` to write to; it becomes `path` only if the block succeeds.
-
-    The content is on disk before the rename, so after a crash or power loss `path` is the old file or
-    the new one, never a part. On an exception the temporary file is removed.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
-    try:
-        yield temporary
-        _fsync(temporary, os.O_RDWR)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    if os.name == "posix":  # elsewhere a folder cannot be opened to be synced
-        _fsync(path.parent, os.O_RDONLY)
-
-
-def _fsync(path: Path, flags: int) -> None:
-    descriptor = os.open(path, flags)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def download(url: str, path: str | Path, *, sha256: str, timeout: float = 10.0) -> Path:

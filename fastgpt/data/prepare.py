@@ -16,12 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from fastgpt.data.cache import atomic_write, cache_dir
+from fastgpt.data.cache import cache_dir
 from fastgpt.data.corpora import Corpus, open_corpus
 from fastgpt.data.encode import Piece, cpus, cut, encode_all
 from fastgpt.data.shards import SPLITS, ShardWriter, is_token_folder
 from fastgpt.data.tokenizers import GPT2Tokenizer, Tokenizer, make_tokenizer, save_tokenizer
 from fastgpt.errors import InputError
+from fastgpt.files import atomic_write
 
 # Fewer bytes are tokenized sooner than processes start (each imports torch along with this package).
 POOL_BYTES = 32 << 20

@@ -19,9 +19,9 @@ from typing import BinaryIO
 
 import numpy as np
 
-from fastgpt.data.cache import atomic_write
 from fastgpt.data.tokenizers import TOKENIZER_FILE, GPT2Tokenizer, Tokenizer, load_tokenizer
 from fastgpt.errors import InputError
+from fastgpt.files import atomic_write
 
 MAGIC = 20240520
 VERSION = 1

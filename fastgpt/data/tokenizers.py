@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from fastgpt.data.cache import atomic_write
 from fastgpt.data.gpt2_files import ensure_gpt2_files
 from fastgpt.errors import InputError
+from fastgpt.files import atomic_write
 
 if TYPE_CHECKING:
     import tiktoken

@@ -1,10 +1,9 @@
-"""Files appear whole or not at all; a download ends, one way or the other, in time."""
+"""A download ends, one way or the other, in time, and appears whole or not at all."""
 
 from __future__ import annotations
 
 import hashlib
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from fastgpt.data import DownloadError, atomic_write, cache_dir, download
+from fastgpt.data import DownloadError, cache_dir, download
 from fastgpt.errors import InputError
 
 CONTENT = bytes(range(256)) * 300  # several chunks
@@ -37,34 +36,6 @@ def test_cache_dir_follows_xdg(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert cache_dir() == tmp_path / "fastgpt"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_dir() == Path.home() / ".cache" / "fastgpt"
-
-
-def test_atomic_write_replaces_only_on_success(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "file"
-    with atomic_write(path) as temporary:
-        temporary.write_text("one")
-        assert not path.exists()
-        assert temporary.parent == path.parent  # a rename across file systems is not atomic
-    assert path.read_text() == "one"
-    with pytest.raises(RuntimeError), atomic_write(path) as temporary:
-        temporary.write_text("half of tw")
-        raise RuntimeError
-    assert path.read_text() == "one"
-    assert files(tmp_path) == ["file"]
-
-
-def test_a_kill_while_writing_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_text("old")
-    script = (
-        "import os, signal, sys\n"
-        "from fastgpt.data.cache import atomic_write\n"
-        "with atomic_write(sys.argv[1]) as temporary:\n"
-        "    temporary.write_text('half of the n')\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
-    assert subprocess.run([sys.executable, "-c", script, str(path)]).returncode == -9
-    assert path.read_text() == "old"
 
 
 class Handler(BaseHTTPRequestHandler):
