@@ -68,7 +68,14 @@ def plot(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
         mean = statistics.mean(r["val_loss"] for r in runs)
         for number, r in enumerate(runs):
             label = f"{name}: {mean:.3f} (mean of {len(runs)} seeds)" if number == 0 else None
-            axes.plot(*zip(*r["curve"], strict=True), color=color, alpha=0.8, linewidth=1.5, label=label)
+            axes.plot(
+                list(r["curve"]),
+                list(r["curve"].values()),
+                color=color,
+                alpha=0.8,
+                linewidth=1.5,
+                label=label,
+            )
     axes.axhline(NANOGPT, color="gray", linestyle="--", label=f"nanoGPT's own code: {NANOGPT}")
     axes.set(xlabel="step", ylabel="validation loss (nats a character)", ylim=(1.6, 2.7))
     axes.grid(alpha=0.3)
@@ -83,7 +90,9 @@ def main(args: Args) -> None:
             name: [run(settings, args.corpus, seed, Path(folder) / f"{number}-{seed}") for seed in args.seeds]
             for number, (name, settings) in enumerate(SETTINGS.items())
         }
-    record = {"kind": "measured", "environment": environment(resolve_device("cpu")), "results": results}
+    machine = environment(resolve_device("cpu"))
+    del machine["command"]  # it names places on this machine
+    record = {"kind": "measured", "environment": machine, "results": results}
     path = ROOT / "benchmarks" / "results" / args.machine / "char_cpu.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
