@@ -7,6 +7,7 @@ import difflib
 import json
 import logging
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -46,10 +47,12 @@ def _parse(cls: type[T], args: Sequence[str], command: str, default: Any = tyro.
 
 def _program() -> str:
     """How the user called fastgpt, for lines that say what to run next."""
-    path = Path(sys.argv[0])
-    if path.name != "fastgpt":
+    path = Path(sys.argv[0]).absolute()
+    if path.name == "__main__.py":
+        return "python -m fastgpt"
+    if path.name != "fastgpt" or shutil.which("fastgpt") == str(path):
         return "fastgpt"
-    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else "fastgpt"
+    return os.path.relpath(path)
 
 
 # -- prepare -------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fastgpt import checkpoint
-from fastgpt.cli import COMMANDS, main
+from fastgpt.cli import COMMANDS, _program, main
 from fastgpt.config import PRESETS, TrainConfig
 from fastgpt.train import train
 
@@ -77,6 +77,22 @@ def test_training_ends_with_a_sample_paths_and_what_to_try(
     assert f"{relative}/loss.png" in out
     assert f"sample {relative} --prompt" in out
     assert (folder / "loss.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("called", "on_path", "expected"),
+    [
+        (".venv/bin/fastgpt", None, ".venv/bin/fastgpt"),  # by make, with no environment activated
+        ("/opt/venv/bin/fastgpt", "/opt/venv/bin/fastgpt", "fastgpt"),
+        ("/site-packages/fastgpt/__main__.py", None, "python -m fastgpt"),
+    ],
+)
+def test_what_to_try_can_be_pasted(
+    called: str, on_path: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", [called])
+    monkeypatch.setattr("shutil.which", lambda _: on_path)
+    assert _program() == expected
 
 
 def test_sampling(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
