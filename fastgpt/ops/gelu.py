@@ -17,11 +17,14 @@ with x (rows, K), W (N, K), b (N,). Only the pre-activation h (and x, W) is save
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt.ops.checks import check_choice, check_floating, check_ndim, check_shape, last_dimension
+from fastgpt.ops.library import Kernels, Operator, add_triton, check_dtypes
 from fastgpt.ops.registry import Cost, register, select
 
 APPROXIMATE = ("tanh", "none")
@@ -44,6 +47,75 @@ def linear_reference(
 register("gelu", "eager", reference)
 register("bias_gelu", "eager", bias_reference)
 register("linear_gelu", "eager", linear_reference)
+
+
+def _call(kernels: Kernels, x: Tensor, *, approximate: str = "tanh") -> Tensor:
+    check_dtypes(x=x)
+    return kernels.forward(x, approximate)
+
+
+def _fake_forward(x: Tensor, approximate: str) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _fake_backward(dy: Tensor, x: Tensor, approximate: str) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, ctx.approximate = inputs
+    ctx.save_for_backward(x)
+
+
+def _gradients(kernels: Kernels, ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+    return kernels.backward(dy, *ctx.saved_tensors, ctx.approximate), None
+
+
+def _bias_call(kernels: Kernels, x: Tensor, bias: Tensor, *, approximate: str = "tanh") -> Tensor:
+    check_dtypes(x=x, bias=bias)
+    return kernels.forward(x, bias, approximate)
+
+
+def _bias_fake_forward(x: Tensor, bias: Tensor, approximate: str) -> Tensor:
+    return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, bias.dtype))
+
+
+def _bias_fake_backward(dy: Tensor, x: Tensor, bias: Tensor, approximate: str) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), bias.new_empty(bias.shape)
+
+
+def _bias_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, bias, ctx.approximate = inputs
+    ctx.save_for_backward(x, bias)
+
+
+def _bias_gradients(kernels: Kernels, ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+    dx, db = kernels.backward(dy, *ctx.saved_tensors, ctx.approximate)
+    return dx, db, None
+
+
+GELU = Operator(
+    name="gelu",
+    call=_call,
+    forward="(Tensor x, str approximate) -> Tensor y",
+    fake_forward=_fake_forward,
+    backward="(Tensor dy, Tensor x, str approximate) -> Tensor dx",
+    fake_backward=_fake_backward,
+    save=_save,
+    gradients=_gradients,
+)
+BIAS_GELU = Operator(
+    name="bias_gelu",
+    call=_bias_call,
+    forward="(Tensor x, Tensor bias, str approximate) -> Tensor y",
+    fake_forward=_bias_fake_forward,
+    backward="(Tensor dy, Tensor x, Tensor bias, str approximate) -> (Tensor dx, Tensor db)",
+    fake_backward=_bias_fake_backward,
+    save=_bias_save,
+    gradients=_bias_gradients,
+)
+add_triton(GELU, "gelu")
+add_triton(BIAS_GELU, "gelu")
 
 
 def gelu(x: Tensor, *, approximate: str = "tanh", backend: str | None = None) -> Tensor:
