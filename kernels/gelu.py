@@ -20,11 +20,14 @@ adds up those of the programs that share columns.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from fastgpt.kernels.examples import MEMORY_BOUND, Example, meta
 from fastgpt.kernels.launch import chip, launch, tile
 from fastgpt.kernels.partials import sum_partials
 from torch import Tensor
@@ -109,7 +112,9 @@ def _bias_gelu_backward(
 ):
     cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     col_in = cols < C
-    b = tl.load(b_ptr + cols, col_in, other=0.0).to(tl.float32)[None, :]
+    b = 0.0
+    if b_ptr is not None:
+        b = tl.load(b_ptr + cols, col_in, other=0.0).to(tl.float32)[None, :]
     db = tl.zeros([ROWS, BLOCK], tl.float32)
     for first in range(tl.program_id(1) * ROWS, R, tl.num_programs(1) * ROWS):
         rows = (first + tl.arange(0, ROWS)).to(tl.int64)
@@ -171,12 +176,13 @@ def bias_gelu_forward(x: Tensor, bias: Tensor, approximate: str) -> Tensor:
     return y
 
 
-def bias_gelu_backward(dy: Tensor, x: Tensor, bias: Tensor, approximate: str) -> tuple[Tensor, Tensor]:
-    """(dx, db)."""
-    dy, x, bias = dy.contiguous(), x.contiguous(), bias.contiguous()
+def bias_gelu_backward(dy: Tensor, x: Tensor, bias: Tensor | None, approximate: str) -> tuple[Tensor, Tensor]:
+    """(dx, db); without a bias, for an x that it has been added to, db all the same."""
+    dy, x = dy.contiguous(), x.contiguous()
+    bias = None if bias is None else bias.contiguous()
     width = x.shape[-1]
     rows = x.numel() // max(width, 1)
-    dx, db = torch.empty_like(x), torch.empty_like(bias)
+    dx, db = torch.empty_like(x), (x if bias is None else bias).new_empty(width)
     target = chip(x.device)
     config = BACKWARD[target.family]
     t = tile(width, elements=config.elements, per_thread=config.per_thread, widest=COLUMNS)
@@ -196,3 +202,23 @@ def bias_gelu_backward(dy: Tensor, x: Tensor, bias: Tensor, approximate: str) ->
     )
     sum_partials(partials, db)
     return dx, db
+
+
+def examples() -> Iterator[Example]:
+    """GPT-2's inner widths, smallest and largest, in both forms."""
+    for approximate, width, dtype in [
+        ("tanh", 3072, torch.bfloat16),
+        ("none", 3072, torch.bfloat16),
+        ("tanh", 6400, torch.float32),
+    ]:
+        x, b = meta(8192, width, dtype=dtype), meta(width, dtype=dtype)
+        calls = {
+            "_gelu_forward": partial(gelu_forward, x, approximate),
+            "_gelu_backward": partial(gelu_backward, x, x, approximate),
+            "_bias_gelu_forward": partial(bias_gelu_forward, x, b, approximate),
+            "_bias_gelu_backward": partial(bias_gelu_backward, x, x, b, approximate),
+        }
+        for kernel, call in calls.items():
+            name = f"{kernel.removeprefix('_')}-{approximate}-{width}"
+            first = approximate == "tanh" and width == 3072
+            yield Example(name, call, {kernel: MEMORY_BOUND}, every_chip=first)

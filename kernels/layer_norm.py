@@ -22,11 +22,14 @@ programs of their own, each for a block of columns and a stride of rows.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from fastgpt.kernels.examples import MEMORY_BOUND, Example, meta
 from fastgpt.kernels.launch import chip, launch, tile
 from fastgpt.kernels.partials import sum_partials
 from torch import Tensor
@@ -369,3 +372,30 @@ def add_layer_norm_backward(
     has_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return norm_backward(dy, dsummed, summed, weight, mean, rstd, has_bias=has_bias)
+
+
+def examples() -> Iterator[Example]:
+    """GPT-2's smallest and largest widths, the widest tile, and the wide kernels."""
+    for width, dtype in [
+        (768, torch.bfloat16),
+        (1600, torch.bfloat16),
+        (768, torch.float32),
+        (8192, torch.float32),
+        (16384, torch.bfloat16),
+    ]:
+        x, w = meta(8192, width, dtype=dtype), meta(width, dtype=dtype)
+        row = meta(8192, dtype=torch.float32)
+        suffix = f"{width}-{str(dtype).removeprefix('torch.')}"
+        wide = width > WIDEST
+        yield Example(
+            f"forward-{suffix}",
+            partial(add_layer_norm_forward, x, x, w, w, 1e-5),
+            {"_forward_wide" if wide else "_forward": MEMORY_BOUND},
+            every_chip=dtype == torch.bfloat16 and width != 1600,
+        )
+        yield Example(
+            f"backward-{suffix}",
+            partial(add_layer_norm_backward, x, x, x, w, row, row, True),
+            {"_backward_wide" if wide else "_backward": MEMORY_BOUND, "_sum_partials": ("vector_load",)},
+            every_chip=dtype == torch.bfloat16 and width != 1600,
+        )

@@ -8,6 +8,11 @@ Bytes and launch are those of `layer_norm.py`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from fastgpt.kernels.examples import MEMORY_BOUND, Example, meta
 from fastgpt.kernels.layer_norm import norm_backward, norm_forward
 from torch import Tensor
 
@@ -20,3 +25,10 @@ def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Ten
 def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
     dx, dw, _ = norm_backward(dy, None, x, weight, None, rstd, has_bias=False)
     return dx, dw
+
+
+def examples() -> Iterator[Example]:
+    """The shared kernels as they are compiled without the mean."""
+    x, w, row = meta(8192, 768), meta(768), meta(8192, dtype=torch.float32)
+    yield Example("forward-768", partial(rms_norm_forward, x, w, 1e-6), {"_forward": MEMORY_BOUND})
+    yield Example("backward-768", partial(rms_norm_backward, x, x, w, row), {"_backward": MEMORY_BOUND})

@@ -1,0 +1,70 @@
+"""Every kernel compiles for every chip family, without a GPU, into the code that was meant."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+KERNELS = Path(__file__).parents[2] / "kernels"
+MODULES = sorted(path.stem for path in KERNELS.glob("*.py") if "\ndef examples(" in path.read_text())
+FAMILIES = (80, 90, 100, 120)
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None,
+    reason="Triton is not installed: pip install triton (Linux only)",
+)
+
+
+def compiled(*arguments: str) -> list[dict[str, Any]]:
+    """What `python -m fastgpt.kernels.aot` found, in a process where kernels are compiled, not interpreted."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "fastgpt.kernels.aot", *arguments, "--json"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    results: list[dict[str, Any]] = json.loads(done.stdout)
+    return results
+
+
+def check(results: list[dict[str, Any]]) -> None:
+    assert results
+    for result in results:
+        assert not result["missing"], result
+        assert result["local_bytes"] == 0, f"spills: {result}"
+        assert result["shared_bytes"] <= result["shared_limit"], result
+        assert result["registers"] * 32 * result["warps"] <= 65536, f"no SM has so many registers: {result}"
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_compiles(module: str) -> None:
+    """All examples for sm_90, and those that cover each kernel once for every family."""
+    results = compiled(module)
+    check(results)
+    kernels = {result["kernel"] for result in results}
+    for family in FAMILIES:
+        if any(result["family"] != 90 for result in results):
+            assert {r["kernel"] for r in results if r["family"] == family} == kernels
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("module", MODULES)
+def test_compiles_for_every_family(module: str, family: int) -> None:
+    check(compiled(module, "--families", str(family)))
+
+
+def test_modules_with_kernels_list_examples() -> None:
+    """`partials` is compiled with the kernels that call it."""
+    with_kernels = {path.stem for path in KERNELS.glob("*.py") if "@triton.jit" in path.read_text()}
+    assert with_kernels - set(MODULES) == {"partials"}
