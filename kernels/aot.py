@@ -70,11 +70,7 @@ def compile_example(example: Example, family: int) -> Iterator[Compiled]:
     for kernel, args, options in launches:
         compiled, constexprs = _compile(kernel, args, options, family)
         registers, local = _resources(compiled.asm["cubin"])
-        missing = [
-            requirement
-            for requirement in example.requires.get(kernel.__name__, ())
-            if not _meets(requirement, compiled, family)
-        ]
+        missing = _missing(example.requires.get(kernel.__name__, ()), compiled, family)
         yield Compiled(
             example=example.name,
             kernel=kernel.__name__,
@@ -115,19 +111,21 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     return registers, stack + local
 
 
-def _meets(requirement: str, compiled: Any, family: int) -> bool:
-    if requirement == "wide_offsets":
-        offsets = re.findall(r"tt\.addptr .*, tensor<(\d+(?:x\d+)?)xi(\d+)", compiled.asm["ttir"])
-        narrow = [shape for shape, bits in offsets if bits == "32" and "x" in shape]
-        return not narrow and any(bits == "64" for _, bits in offsets)
-    if requirement == "wide_rows":
-        return set(re.findall(r"tt\.addptr .*: !tt\.ptr<\w+>, i(\d+)", compiled.asm["ttir"])) == {"64"}
-    pattern = {
-        "vector_load": VECTOR_LOAD,
-        "vector_store": VECTOR_STORE,
-        "tensor_cores": TENSOR_CORES[family],
-    }[requirement]
-    return re.search(pattern, sass(compiled.asm["cubin"])) is not None
+def _missing(requirements: tuple[str, ...], compiled: Any, family: int) -> list[str]:
+    """Those of the requirements that are not met."""
+    if not requirements:
+        return []
+    code = sass(compiled.asm["cubin"])
+    # (shape, bits) of the offsets that pointers get.
+    offsets = re.findall(r"tt\.addptr .*, tensor<(\d+(?:x\d+)?)xi(\d+)", compiled.asm["ttir"])
+    narrow = [shape for shape, bits in offsets if bits == "32" and "x" in shape]
+    met = {
+        "vector_load": re.search(VECTOR_LOAD, code),
+        "vector_store": re.search(VECTOR_STORE, code),
+        "tensor_cores": re.search(TENSOR_CORES[family], code),
+        "wide_offsets": not narrow and any(bits == "64" for _, bits in offsets),
+    }
+    return [requirement for requirement in requirements if not met[requirement]]
 
 
 def sass(cubin: bytes) -> str:

@@ -375,27 +375,26 @@ def add_layer_norm_backward(
 
 
 def examples() -> Iterator[Example]:
-    """GPT-2's smallest and largest widths, the widest tile, and the wide kernels."""
+    """GPT-2's width, in both sizes of element, the widest tile, and the wide kernels."""
     for width, dtype in [
         (768, torch.bfloat16),
-        (1600, torch.bfloat16),
         (768, torch.float32),
         (8192, torch.float32),
         (16384, torch.bfloat16),
     ]:
         x, w = meta(8192, width, dtype=dtype), meta(width, dtype=dtype)
         row = meta(8192, dtype=torch.float32)
-        suffix = f"{width}-{str(dtype).removeprefix('torch.')}"
-        wide = width > WIDEST
+        name = f"{width}-{str(dtype).removeprefix('torch.')}"
+        suffix = "_wide" if width > WIDEST else ""
         yield Example(
-            f"forward-{suffix}",
+            f"forward-{name}",
             partial(add_layer_norm_forward, x, x, w, w, 1e-5),
-            {"_forward_wide" if wide else "_forward": MEMORY_BOUND},
-            every_chip=dtype == torch.bfloat16 and width != 1600,
+            {f"_forward{suffix}": MEMORY_BOUND},
+            every_chip=dtype == torch.bfloat16,
         )
         yield Example(
-            f"backward-{suffix}",
+            f"backward-{name}",
             partial(add_layer_norm_backward, x, x, x, w, row, row, True),
-            {"_backward_wide" if wide else "_backward": MEMORY_BOUND, "_sum_partials": ("vector_load",)},
-            every_chip=dtype == torch.bfloat16 and width != 1600,
+            {f"_backward{suffix}": MEMORY_BOUND},
+            every_chip=dtype == torch.bfloat16,
         )
