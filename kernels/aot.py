@@ -119,10 +119,12 @@ def _missing(requirements: tuple[str, ...], compiled: Any, family: int) -> list[
     # (shape, bits) of the offsets that pointers get.
     offsets = re.findall(r"tt\.addptr .*, tensor<(\d+(?:x\d+)?)xi(\d+)", compiled.asm["ttir"])
     narrow = [shape for shape, bits in offsets if bits == "32" and "x" in shape]
+    to_rows = set(re.findall(r"tt\.addptr .*: !tt\.ptr<\w+>, i(\d+)", compiled.asm["ttir"]))
     met = {
         "vector_load": re.search(VECTOR_LOAD, code),
         "vector_store": re.search(VECTOR_STORE, code),
         "tensor_cores": re.search(TENSOR_CORES[family], code),
+        "wide_rows": to_rows == {"64"},
         "wide_offsets": not narrow and any(bits == "64" for _, bits in offsets),
     }
     return [requirement for requirement in requirements if not met[requirement]]

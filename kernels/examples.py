@@ -16,6 +16,7 @@ class Example:
 
     vector_load, vector_store: 128-bit accesses of global memory;
     wide_offsets: no pointer into a tile of two dimensions has a 32-bit offset, and some have 64-bit ones;
+    wide_rows: a program's row is a pointer of its own, and every such pointer has a 64-bit offset;
     tensor_cores: the instructions of the chip's tensor cores.
 
     Tests compile examples with `every_chip` for all families, the others for sm_90 alone unless slow tests

@@ -16,6 +16,8 @@ and dl is exactly 0 in ignored rows and in columns c >= S, whatever those column
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,6 +32,7 @@ from fastgpt.ops.checks import (
     last_dimension,
     out_of_range,
 )
+from fastgpt.ops.library import Kernels, Operator, add_triton, check_dtypes
 from fastgpt.ops.registry import Cost, register, select
 
 
@@ -64,6 +67,79 @@ def reference(
 
 
 register("cross_entropy", "eager", reference)
+
+
+def _call(
+    kernels: Kernels,
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    reduction: str = "mean",
+    vocab_size: int | None = None,
+) -> Tensor:
+    check_dtypes(logits=logits)
+    size = logits.shape[-1] if vocab_size is None else vocab_size
+    # A traced backward may not write into what forward made: there, it computes the gradient.
+    now = torch.is_grad_enabled() and logits.requires_grad and not torch.compiler.is_compiling()
+    return kernels.forward(logits, targets, ignore_index, label_smoothing, z_loss, reduction, size, now)[0]
+
+
+def _fake_forward(
+    logits: Tensor,
+    targets: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    reduction: str,
+    vocab_size: int,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    loss = logits.new_empty(targets.shape if reduction == "none" else (), dtype=torch.float32)
+    count = loss.new_empty(() if reduction == "mean" else 0)
+    return loss, count, logits.new_empty(logits.shape if with_gradient else 0)
+
+
+def _fake_backward(dlogits: Tensor, *_: object) -> None:
+    pass
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, targets, *ctx.options, _, ctx.vocab_size, with_gradient = inputs
+    _, count, dlogits = output
+    ctx.save_for_backward(logits, targets, count)
+    # Handed out once, to the first backward, which may write into it; a second one allocates its own. A
+    # tracer's stand-in for a tensor is of another type, and not to be written into.
+    ctx.dlogits = [dlogits] if with_gradient and type(dlogits) is Tensor else []
+    ctx.mark_non_differentiable(count, dlogits)
+    ctx.set_materialize_grads(False)  # no zeros for the gradients of dlogits
+
+
+def _gradients(kernels: Kernels, ctx: Any, dloss: Tensor | None, *_: object) -> tuple[Tensor | None, ...]:
+    if dloss is None:
+        return (None,) * 8
+    logits, targets, count = ctx.saved_tensors
+    filled = bool(ctx.dlogits)
+    dlogits = ctx.dlogits.pop() if filled else logits.new_empty(logits.shape)
+    kernels.backward(dlogits, dloss, logits, targets, count, *ctx.options, ctx.vocab_size, filled)
+    return dlogits, *(None,) * 7
+
+
+CROSS_ENTROPY = Operator(
+    name="cross_entropy",
+    call=_call,
+    forward="(Tensor logits, Tensor targets, int ignore_index, float label_smoothing, float z_loss, "
+    "str reduction, SymInt vocab_size, bool with_gradient) -> (Tensor loss, Tensor count, Tensor dlogits)",
+    fake_forward=_fake_forward,
+    backward="(Tensor(a!) dlogits, Tensor dloss, Tensor logits, Tensor targets, Tensor count, "
+    "int ignore_index, float label_smoothing, float z_loss, SymInt vocab_size, bool filled) -> ()",
+    fake_backward=_fake_backward,
+    save=_save,
+    gradients=_gradients,
+)
+add_triton(CROSS_ENTROPY, "cross_entropy")
 
 
 def check_options(
@@ -110,7 +186,8 @@ def cross_entropy(
 
     Raises:
         InputError: wrong dtypes, shapes that do not fit, tensors on different devices, an option out of
-            range; a target out of range on a CPU (on CUDA a device-side assertion, as in PyTorch).
+            range; a target out of range on a CPU. On CUDA such a target is a device-side assertion, as in
+            PyTorch, with eager, and a NaN loss with kernels, which never read it.
 
     Source: equal to `torch.nn.functional.cross_entropy` on `logits[..., :vocab_size].float()` where that has
     the option; z-loss from Chowdhery et al., "PaLM", arXiv 2204.02311.
