@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -15,11 +14,6 @@ import pytest
 KERNELS = Path(__file__).parents[2] / "kernels"
 MODULES = sorted(path.stem for path in KERNELS.glob("*.py") if "\ndef examples(" in path.read_text())
 FAMILIES = (80, 90, 100, 120)
-
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None,
-    reason="Triton is not installed: pip install triton (Linux only)",
-)
 
 
 def compiled(*arguments: str) -> list[dict[str, Any]]:

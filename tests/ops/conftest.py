@@ -1,13 +1,17 @@
-import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+import triton_interpreter
 
 from fastgpt import ops
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported: kernels run on CPU tensors
+triton_interpreter.request()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def right_bf16() -> None:
+    triton_interpreter.repair()
 
 
 @pytest.fixture(autouse=True, scope="session")
