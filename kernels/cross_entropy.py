@@ -318,28 +318,26 @@ def examples() -> Iterator[Example]:
     """GPT-2's padded vocabulary, and more rows of it than 32-bit offsets reach."""
     rows, width, size = 43_000, 50304, 50257
     targets, scalar = meta(rows, dtype=torch.int64), meta(dtype=torch.float32)
-    for dtype in (torch.bfloat16, torch.float32):
+    both = "vector_load", "vector_store", "wide_rows"
+    for name, dtype, smoothing, gradient in [
+        ("loss", torch.bfloat16, 0.0, False),
+        ("loss-and-gradient", torch.bfloat16, 0.0, True),
+        ("loss-and-gradient-smooth", torch.bfloat16, 0.1, True),
+        ("loss-and-gradient-float32", torch.float32, 0.0, True),
+    ]:
         logits = meta(rows, width, dtype=dtype)
-        suffix = str(dtype).removeprefix("torch.")
-        for smoothing in (0.0, 0.1):
-            yield Example(
-                f"loss-{suffix}-{smoothing}",
-                partial(cross_entropy_forward, logits, targets, -100, smoothing, 1e-4, "mean", size, False),
-                {"_row": ("vector_load", "wide_rows")},
-                every_chip=dtype == torch.bfloat16 and not smoothing,
-            )
-            yield Example(
-                f"loss-and-gradient-{suffix}-{smoothing}",
-                partial(cross_entropy_forward, logits, targets, -100, smoothing, 1e-4, "mean", size, True),
-                {"_row": ("vector_load", "vector_store", "wide_rows")},
-                every_chip=True,
-            )
         yield Example(
-            f"gradient-{suffix}",
-            partial(
-                cross_entropy_backward,
-                *(logits, scalar, logits, targets, scalar, -100, 0.0, 1e-4, size, True),
-            ),
-            {"_row": ("vector_load", "vector_store", "wide_rows")},
-            every_chip=dtype == torch.bfloat16,
+            name,
+            partial(cross_entropy_forward, logits, targets, -100, smoothing, 1e-4, "mean", size, gradient),
+            {"_row": both if gradient else ("vector_load", "wide_rows")},
+            every_chip=name == "loss-and-gradient",
         )
+    logits = meta(rows, width)
+    yield Example(
+        "gradient",
+        partial(
+            cross_entropy_backward,
+            *(logits, scalar, logits, targets, scalar, -100, 0.0, 1e-4, size, True),
+        ),
+        {"_row": both},
+    )
