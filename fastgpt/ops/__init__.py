@@ -1,5 +1,6 @@
 """The operations of GPT training, each with several implementations (see `fastgpt.ops.registry`)."""
 
+from fastgpt.ops.adamw import adamw_, grad_norm
 from fastgpt.ops.attention import causal_attention, causal_attention_qkvpacked
 from fastgpt.ops.cross_entropy import cross_entropy
 from fastgpt.ops.dropout import dropout_add
@@ -15,6 +16,7 @@ use_environment()
 __all__ = [
     "Cost",
     "Implementation",
+    "adamw_",
     "add_layer_norm",
     "bias_gelu",
     "causal_attention",
@@ -23,6 +25,7 @@ __all__ = [
     "dropout_add",
     "embedding",
     "gelu",
+    "grad_norm",
     "layer_norm",
     "linear_cross_entropy",
     "linear_gelu",

@@ -60,6 +60,7 @@ class Case:
     call: Callable[..., Any]
     make: Callable[[], Sequence[Tensor]]
     options: dict[str, Any]
+    differentiable: bool = True
 
     def inputs(self, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
         torch.manual_seed(0)
@@ -68,6 +69,40 @@ class Case:
     def __call__(self, inputs: Sequence[Tensor], backend: str) -> list[Tensor]:
         out = self.call(*inputs, **self.options, backend=backend)
         return list(out) if isinstance(out, tuple) else [out]
+
+
+def adamw(
+    p: Tensor, g: Tensor, m: Tensor, v: Tensor, *, master: bool = False, backend: str | None = None
+) -> tuple[Tensor, ...]:
+    """A step of `adamw_`, clipped, on the first row and on the others as two parameters of two groups.
+
+    Returns parameters, moments and with `master` the working copies, which are of the dtype of p.
+    """
+    wide = torch.promote_types(p.dtype, torch.float32)
+    hyper = [[1e-2, 0.9, 0.999, 1e-8, 0.1], [3e-3, 0.8, 0.95, 1e-6, 0.0]]
+
+    def parts(tensor: Tensor, dtype: torch.dtype) -> list[Tensor]:
+        return [part.to(dtype, copy=True).contiguous() for part in (tensor[:1], tensor[1:])]
+
+    written = [parts(p, wide if master else p.dtype), parts(m, wide), parts(v.square(), wide)]
+    copies = parts(torch.zeros_like(p), p.dtype) if master else []
+    grads = [g[:1], g[1:]]
+    steps = [torch.full((), t, device=p.device) for t in (0.0, 4.0)]
+    params, exp_avgs, exp_avg_sqs = written
+    ops.adamw_(
+        *(params, grads, exp_avgs, exp_avg_sqs, steps),
+        torch.tensor(hyper, dtype=torch.float64, device=p.device),
+        [1, 0],
+        copies=copies,
+        grad_norm=ops.grad_norm(grads, backend="eager"),
+        max_grad_norm=0.5,
+        backend=backend,
+    )
+    return tuple(torch.cat(tensors).detach() for tensors in [*written, copies] if tensors)
+
+
+def grad_norm(*grads: Tensor, backend: str | None = None) -> Tensor:
+    return ops.grad_norm(grads, backend=backend)
 
 
 def _case(operation: str, name: str, call: Callable[..., Any], *make: Any, **options: Any) -> Case:
@@ -80,6 +115,7 @@ def _case(operation: str, name: str, call: Callable[..., Any], *make: Any, **opt
             item if isinstance(item, Tensor) else torch.randn(*item, dtype=torch.float64) for item in make
         ],
         options,
+        differentiable=operation not in ("adamw_", "grad_norm"),
     )
 
 
@@ -109,17 +145,17 @@ def _cases() -> list[Case]:
         _case("bias_gelu", "erf", ops.bias_gelu, (2, 5, 33), (33,), approximate="none"),
         _case("linear_gelu", "erf-no-bias", ops.linear_gelu, (2, 5, 33), (9, 33), approximate="none"),
     ]
-    # T: one, either side of a tile of 64. Tq < Tk: decoding, chunked prefill. D: small, 64, no power of 2.
+    # T: either side of a tile of 64 (one key, with gradients of exactly 0 for q and k, has a test of its own).
+    # Tq < Tk: decoding, chunked prefill. D: small, 64, no power of 2. A program per head is interpreted: few.
     for b, tq, tk, h, d, window in [
         (0, 3, 3, 2, 16, None),
-        (2, 1, 1, 1, 16, None),
-        (2, 63, 63, 3, 16, None),
+        (1, 63, 63, 3, 16, None),
         (1, 65, 65, 1, 64, None),
         (1, 17, 17, 2, 80, None),
-        (2, 1, 65, 2, 16, None),
-        (2, 1, 65, 2, 16, 7),
-        (2, 5, 70, 2, 16, None),
-        (1, 66, 70, 2, 16, 9),
+        (2, 1, 65, 1, 64, None),
+        (1, 3, 65, 2, 64, 20),
+        (1, 5, 70, 1, 16, None),
+        (1, 66, 70, 1, 16, 9),
     ]:
         name = f"{b}-{tq}-{tk}-{h}-{d}-{window}"
         shapes = (b, tq, h, d), (b, tk, h, d), (b, tk, h, d)
@@ -159,6 +195,12 @@ def _cases() -> list[Case]:
                 chunk_rows=4,
                 **options,
             ),
+        ]
+    # Elements: none, off every vector width, more than the chunk of a program and no multiple of it.
+    for name, shape in [("empty", (0, 33)), ("master", (5, 1100)), ("rows", (3, 7)), ("one", (1, 1))]:
+        cases += [
+            _case("adamw_", name, adamw, shape, shape, shape, shape, master=name == "master"),
+            _case("grad_norm", name, grad_norm, shape, (5,), (17, 300)),
         ]
     empty = targets[:0]
     cases += [

@@ -38,6 +38,8 @@ def forward_backward(
     call: Callable[..., list[Tensor]] | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Outputs and gradients; without cotangents, those of the sum of all outputs (expanded, stride 0)."""
+    if not case.differentiable:
+        return (call or case)(inputs, backend), []
     inputs = [x.requires_grad_() if x.is_floating_point() else x for x in inputs]
     outs = (call or case)(inputs, backend)
     differentiable = [x for x in inputs if x.is_floating_point()]
