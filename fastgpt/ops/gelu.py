@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastgpt.errors import InputError
 from fastgpt.ops.checks import check_choice, check_floating, check_ndim, check_shape, last_dimension
 from fastgpt.ops.library import Kernels, Operator, add_triton, check_dtypes
 from fastgpt.ops.registry import Cost, register, select
@@ -94,6 +95,58 @@ def _bias_gradients(kernels: Kernels, ctx: Any, dy: Tensor) -> tuple[Tensor, Ten
     return dx, db, None
 
 
+def _linear_call(
+    kernels: Kernels, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, approximate: str = "tanh"
+) -> Tensor:
+    if torch.is_autocast_enabled(x.device.type):  # as F.linear does under autocast
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    check_dtypes(x=x, weight=weight, bias=bias)
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise InputError(f"{name} has dtype {tensor.dtype}: it must be {x.dtype}, as x is")
+    recorded = (t.requires_grad for t in (x, weight, bias) if t is not None)
+    save = torch.is_grad_enabled() and any(recorded)
+    return kernels.forward(x, weight, bias, approximate, save)[0]
+
+
+def _linear_fake_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str, save: bool
+) -> tuple[Tensor, Tensor]:
+    shape = (*x.shape[:-1], weight.shape[0])
+    return x.new_empty(shape), x.new_empty(shape if save else 0)
+
+
+def _linear_fake_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    h: Tensor,
+    approximate: str,
+    has_bias: bool,
+    need_dx: bool,
+    need_dw: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx = x.new_empty(x.shape if need_dx else 0)
+    dw = x.new_empty(weight.shape if need_dw else 0)
+    return dx, dw, x.new_empty(weight.shape[0] * has_bias)
+
+
+def _linear_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, bias, ctx.approximate, _ = inputs
+    _, h = output
+    ctx.save_for_backward(x, weight, h)
+    ctx.has_bias = bias is not None
+    ctx.mark_non_differentiable(h)
+
+
+def _linear_gradients(kernels: Kernels, ctx: Any, dy: Tensor, _: object) -> tuple[Tensor | None, ...]:
+    need_dx, need_dw = ctx.needs_input_grad[:2]
+    dx, dw, db = kernels.backward(dy, *ctx.saved_tensors, ctx.approximate, ctx.has_bias, need_dx, need_dw)
+    return dx if need_dx else None, dw if need_dw else None, db if ctx.has_bias else None, None, None
+
+
 GELU = Operator(
     name="gelu",
     call=_call,
@@ -114,8 +167,20 @@ BIAS_GELU = Operator(
     save=_bias_save,
     gradients=_bias_gradients,
 )
+LINEAR_GELU = Operator(
+    name="linear_gelu",
+    call=_linear_call,
+    forward="(Tensor x, Tensor weight, Tensor? bias, str approximate, bool save) -> (Tensor y, Tensor h)",
+    fake_forward=_linear_fake_forward,
+    backward="(Tensor dy, Tensor x, Tensor weight, Tensor h, str approximate, bool has_bias, bool need_dx, "
+    "bool need_dw) -> (Tensor dx, Tensor dw, Tensor db)",
+    fake_backward=_linear_fake_backward,
+    save=_linear_save,
+    gradients=_linear_gradients,
+)
 add_triton(GELU, "gelu")
 add_triton(BIAS_GELU, "gelu")
+add_triton(LINEAR_GELU, "linear_gelu")
 
 
 def gelu(x: Tensor, *, approximate: str = "tanh", backend: str | None = None) -> Tensor:
