@@ -50,10 +50,10 @@ def run(settings: str, corpus: str, seed: int, out_dir: Path) -> dict[str, Any]:
     )
     train(config)
     rows = [row for row in read_metrics(out_dir) if row["val_loss"] is not None]
-    curve = [[row["step"], round(row["val_loss"], 4)] for row in rows]
+    curve = {row["step"]: round(row["val_loss"], 4) for row in rows}
     return {
         "seed": seed,
-        "val_loss": curve[-1][1],
+        "val_loss": curve[rows[-1]["step"]],
         "train_seconds": round(rows[-1]["seconds"], 1),
         "curve": curve,
     }
