@@ -6,7 +6,8 @@ The first stage is in the kernel that has the values in registers: program p add
 row p. No atomics, so the order of additions, and every bit of the result with it, is the same on each run.
 
 Bytes: 4 P C read, mostly from L2, where the first stage has just written them.
-Launch: a program per 32 columns, one 128-byte line of fp32; two outputs, such as dw and db, share the launch.
+Launch: a program per 32 columns, one 128-byte line of fp32, or 128 of wide rows. Two outputs, such as dw and
+db, share the launch.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import triton.language as tl
 from fastgpt.kernels.launch import launch
 from torch import Tensor
 
-BLOCK_P, BLOCK_C = 64, 32
+BLOCK_P = 64
 
 
 @triton.jit
@@ -40,15 +41,16 @@ def _sum_partials(partials_ptr, first_ptr, second_ptr, P, C, BLOCK_P: tl.constex
 def sum_partials(partials: Tensor, first: Tensor, second: Tensor | None = None) -> None:
     """Write partials[0].sum(0) to `first` and partials[1].sum(0) to `second`; partials (1 or 2, P, C)."""
     _, programs, width = partials.shape
+    block = 32 if width <= 8192 else 128  # from there on 64 programs or more are busy with wider lines
     launch(
         _sum_partials,
-        (triton.cdiv(width, BLOCK_C),),
+        (triton.cdiv(width, block),),
         partials,
         first,
         second,
         programs,
         width,
         BLOCK_P=BLOCK_P,
-        BLOCK_C=BLOCK_C,
+        BLOCK_C=block,
         num_warps=4,
     )
