@@ -1,0 +1,119 @@
+"""What is special to GELU: both forms over their whole range, and tiles of every kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from fastgpt.kernels import gelu
+from fastgpt.kernels.launch import Chip
+from ops.guard import guarded
+from ops.helpers import assert_accurate
+from torch import Tensor
+
+from fastgpt import ops
+
+device = "cuda" if torch.cuda.is_available() else "cpu"
+forms = pytest.mark.parametrize("approximate", ["tanh", "none"])
+Function = Callable[..., Tensor]
+
+
+def run(function: Function, tensors: list[Tensor], approximate: str, backend: str) -> list[Tensor]:
+    inputs = [x.detach().requires_grad_() for x in tensors]
+    out = function(*inputs, approximate=approximate, backend=backend)
+    torch.manual_seed(1)
+    dy = torch.randn(out.shape, dtype=torch.float64).to(tensors[0].dtype)
+    return [out.detach(), *torch.autograd.grad(out, inputs, dy.to(out))]
+
+
+def compare(function: Function, tensors: list[Tensor], approximate: str) -> None:
+    """Within twice PyTorch's error of the oracle; every element written and nothing else; the same twice."""
+    eager = run(function, tensors, approximate, "eager")
+    inputs = [x.detach().cpu().double().requires_grad_() for x in tensors]
+    out = function(*inputs, approximate=approximate, backend="eager")
+    torch.manual_seed(1)
+    dy = torch.randn(out.shape, dtype=torch.float64).to(tensors[0].dtype).double()
+    oracle = [out.detach(), *torch.autograd.grad(out, inputs, dy)]
+    with guarded() as guard:
+        first = run(function, [guard.place(x) for x in tensors], approximate, "triton")
+    again = run(function, tensors, approximate, "triton")
+    for a, b, e, o in zip(first, again, eager, oracle, strict=True):
+        assert_accurate(a, e, o)
+        assert torch.equal(a, b)
+
+
+# One column; rows that no vector divides, over several tiles; a tile's columns and one more; GPT-2's, of which
+# the last tile is not full; the vocabulary.
+@pytest.mark.parametrize("shape", [(197, 1), (70, 33), (3, 1025), (5, 768), (3, 1600), (1, 50257)], ids=str)
+@forms
+def test_shapes(shape: tuple[int, int], approximate: str) -> None:
+    dtype = torch.bfloat16 if shape[1] == 768 else torch.float32
+    x, b = (torch.randn(s, device=device).to(dtype) for s in (shape, shape[-1:]))
+    compare(ops.bias_gelu, [x, b], approximate)
+    compare(ops.gelu, [x], approximate)
+
+
+@forms
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_every_magnitude(dtype: torch.dtype, approximate: str) -> None:
+    """From the smallest to the largest numbers of the dtype, element by element, both signs.
+
+    The slope is 0, 1/2 or 1 but for an interval around 0; far out nothing may become infinity times zero.
+    """
+    largest = torch.finfo(dtype).max
+    x = torch.logspace(-6, 38, 400, dtype=torch.float64).clamp(max=largest)
+    x = torch.cat([-x, torch.zeros(1), x]).to(device, dtype)
+    y, dx = run(ops.gelu, [x], approximate, "triton")
+    exact = x.double().cpu().requires_grad_()
+    torch.manual_seed(1)
+    dy = torch.randn(x.shape, dtype=torch.float64).to(dtype).double()
+    out = ops.gelu(exact, approximate=approximate, backend="eager")
+    (slope,) = torch.autograd.grad(out, exact, torch.ones_like(out))
+    eps = torch.finfo(dtype).eps
+    # A relative error of eps, but for the erf form, which cancels left of 0 as PyTorch's does: there it is
+    # relative to x. fp32 itself is off by the rounding of u and of the exponential, of several units.
+    scale = (
+        exact.detach().abs() if approximate == "none" else out.detach().abs() + 1e-6 * exact.detach().abs()
+    )
+    units = 16 if dtype == torch.float32 else 1
+    assert ((y.double().cpu() - out).abs() <= units * eps * scale + torch.finfo(dtype).tiny).all()
+    assert ((dx.double().cpu() - dy * slope).abs() <= units * eps * dy.abs()).all()
+
+
+@forms
+def test_infinities_and_nan(approximate: str) -> None:
+    """As PyTorch: infinity stays, minus infinity is 0 times infinity."""
+    x = torch.tensor([torch.inf, -torch.inf, torch.nan], device=device)
+    y, _ = run(ops.gelu, [x], approximate, "triton")
+    expected = torch.nn.functional.gelu(x, approximate=approximate)
+    assert torch.equal(y.isnan(), expected.isnan())
+    assert y[0] == torch.inf
+
+
+def test_promotes_as_pytorch() -> None:
+    x = torch.randn(3, 8, device=device, dtype=torch.bfloat16, requires_grad=True)
+    b = torch.randn(8, device=device, requires_grad=True)
+    y = ops.bias_gelu(x, b, backend="triton")
+    assert y.dtype == ops.bias_gelu(x, b, backend="eager").dtype == torch.float32
+    assert [g.dtype for g in torch.autograd.grad(y.sum(), [x, b])] == [torch.bfloat16, torch.float32]
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (3, 0)], ids=str)
+def test_empty(shape: tuple[int, ...]) -> None:
+    x, b = (torch.randn(s, device=device, requires_grad=True) for s in (shape, shape[-1:]))
+    with guarded():
+        y = ops.bias_gelu(x, b, backend="triton")
+        _, db = torch.autograd.grad(y.sum(), [x, b])
+        assert ops.gelu(x, backend="triton").shape == y.shape == shape
+    assert torch.equal(db, torch.zeros_like(b))
+
+
+def test_every_family(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launch choices of all chips, and partial sums of 1 or several programs."""
+    tensors = [torch.randn(70, 33, device=device), torch.randn(33, device=device)]
+    for family in gelu.FORWARD:
+        for sms in (1, 3):
+            monkeypatch.setattr(gelu, "chip", lambda _, family=family, sms=sms: Chip(family, sms))
+            compare(ops.bias_gelu, tensors, "tanh")
+            compare(ops.gelu, tensors[:1], "tanh")
