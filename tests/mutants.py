@@ -1,0 +1,108 @@
+"""Break the code in known ways, one at a time, and see that a test notices.
+
+    python tests/mutants.py [-j jobs] [word ...]      only mutants whose file or text holds one of the words
+
+A test file lists what its tests must notice:
+
+    MUTANTS = {"kernels/foo.py": [("text that occurs once", "what to put there"), ...]}
+
+A third string in the tuple is given to pytest in place of the test file. Each mutant is made in a copy of the
+tree, so that the tree itself is never touched. Prints the mutants that no test noticed, and exits with status 1
+if there are any.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+COPIED = ("fastgpt", "kernels", "tests", "pyproject.toml")
+
+
+class Mutant(NamedTuple):
+    file: str
+    old: str
+    new: str
+    tests: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.old.strip()!r} -> {self.new.strip()!r}"
+
+
+def mutants() -> Iterator[Mutant]:
+    """What the test files list, in order."""
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "MUTANTS":
+                for file, changes in ast.literal_eval(node.value).items():
+                    for old, new, *tests in changes:
+                        yield Mutant(file, old, new, *(tests or [str(path.relative_to(ROOT))]))
+
+
+def mutate(mutant: Mutant, tree: Path) -> None:
+    """Copy what tests need to `tree`, with the change."""
+    for name in COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, tree / name)
+    # Installed for development, fastgpt.kernels is the original tree's: here it must be the copy's.
+    (tree / "fastgpt" / "kernels").symlink_to("../kernels")
+    path = tree / mutant.file
+    text = path.read_text()
+    if (count := text.count(mutant.old)) != 1:
+        raise SystemExit(f"{mutant.file} holds {count} times, not once: {mutant.old!r}")
+    path.write_text(text.replace(mutant.old, mutant.new))
+
+
+def noticed(mutant: Mutant) -> bool:
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder)
+        mutate(mutant, tree)
+        start = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *mutant.tests.split()],
+            cwd=tree,
+            env={**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    # 1: a test failed; 2: a test file could not be read. Anything else is a mistake in the list.
+    if done.returncode not in (0, 1, 2):
+        raise SystemExit(f"{mutant}\n{done.stdout}{done.stderr}")
+    first = next((line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))), "")
+    verdict = "noticed " if done.returncode else "SURVIVED"
+    print(f"{verdict} {time.perf_counter() - start:4.0f} s  {mutant}\n    {first[:150]}", flush=True)
+    return done.returncode != 0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Break the code in known ways and see that tests notice.")
+    parser.add_argument("words", nargs="*")
+    parser.add_argument("-j", type=int, default=1, help="how many at the same time")
+    options = parser.parse_args()
+    chosen = [m for m in mutants() if not options.words or any(word in str(m) for word in options.words)]
+    with ThreadPoolExecutor(options.j) as pool:
+        results = list(pool.map(noticed, chosen))
+    survivors = [mutant for mutant, seen in zip(chosen, results, strict=True) if not seen]
+    print(f"{len(chosen) - len(survivors)} of {len(chosen)} mutants noticed")
+    for mutant in survivors:
+        print(f"survived: {mutant}")
+    sys.exit(bool(survivors))
+
+
+if __name__ == "__main__":
+    main()
