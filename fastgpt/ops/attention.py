@@ -23,24 +23,31 @@ the two agree only where Tq == Tk.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt.errors import InputError
 from fastgpt.ops.checks import check_at_least, check_dropout, check_floating, check_ndim, check_shape
+from fastgpt.ops.library import Kernels, Operator, add_triton, check_dtypes
 from fastgpt.ops.registry import Cost, register, select
+
+WIDEST_HEAD = 256  # as far as the registers of a program hold q, o and their gradients
 
 
 def reference(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
     *,
     dropout_p: float = 0.0,
     scale: float | None = None,
     window: int | None = None,
 ) -> Tensor:
+    if k is None or v is None:  # packed: q is (B, T, 3, H, D)
+        q, k, v = q.unbind(2)  # views, (B, T, H, D)
     tq, tk = q.shape[1], k.shape[1]
     mask = None
     causal = False
@@ -60,6 +67,97 @@ def reference(
 
 
 register("attention", "eager", reference)
+
+
+def _fake_forward(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    scale: float | None,
+    window: int | None,
+) -> tuple[Tensor, Tensor]:
+    (batch, tq), (heads, width) = q.shape[:2], q.shape[-2:]
+    o = q.new_empty((batch, tq, heads, width))
+    return o, q.new_empty((batch, heads, tq), dtype=torch.float32)
+
+
+def _fake_backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    o: Tensor,
+    lse: Tensor,
+    seed: Tensor | None,
+    dropout_p: float,
+    scale: float | None,
+    window: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dk, dv = (q.new_empty(0 if x is None else x.shape) for x in (k, v))
+    return q.new_empty(q.shape), dk, dv
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, seed, *ctx.options = inputs
+    o, lse = output
+    ctx.save_for_backward(q, k, v, o, lse, seed)
+    ctx.mark_non_differentiable(lse)
+
+
+def _gradients(kernels: Kernels, ctx: Any, do: Tensor, *_: object) -> tuple[Tensor | None, ...]:
+    packed = ctx.saved_tensors[1] is None
+    dq, dk, dv = kernels.backward(do, *ctx.saved_tensors, *ctx.options)
+    return dq, None if packed else dk, None if packed else dv, None, None, None, None
+
+
+def _call(
+    kernels: Kernels,
+    q: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    *,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    window: int | None = None,
+) -> Tensor:
+    device = q.device.type
+    if torch.is_autocast_enabled(device) and q.dtype != torch.float64:  # as scaled_dot_product_attention
+        dtype = torch.get_autocast_dtype(device)
+        q, k, v = q.to(dtype), None if k is None else k.to(dtype), None if v is None else v.to(dtype)
+    check_dtypes(**{"qkv" if k is None else "q": q}, k=k, v=v)
+    for name, x in (("k", k), ("v", v)):
+        if x is not None and x.dtype != q.dtype:
+            raise InputError(f"{name} has dtype {x.dtype}: it must be {q.dtype}, the dtype of q")
+    if not 1 <= q.shape[-1] <= WIDEST_HEAD:
+        raise InputError(
+            f"the head size is {q.shape[-1]}: kernels take 1 to {WIDEST_HEAD}; use backend='eager' for others"
+        )
+    if scale is not None and scale <= 0:  # kernels scale the greatest score, which must remain the greatest
+        q = q * (-1.0 if scale else 0.0)
+        scale = -scale or 1.0
+    seed = None
+    if dropout_p:
+        seed = torch.randint(2**63 - 1, (1,), device=q.device)
+    return kernels.forward(q, k, v, seed, dropout_p, scale, window)[0]
+
+
+# q without k and v is packed qkv, (B, T, 3, H, D), and so is its gradient: with q, k and v as views of it,
+# autograd would have to copy three gradients into one. lse is in base 2: m + log2 sum_j 2^(s2_ij - m).
+ATTENTION = Operator(
+    name="attention",
+    forward="(Tensor q, Tensor? k, Tensor? v, Tensor? seed, float dropout_p, float? scale, SymInt? window) "
+    "-> (Tensor o, Tensor lse)",
+    backward="(Tensor do, Tensor q, Tensor? k, Tensor? v, Tensor o, Tensor lse, Tensor? seed, "
+    "float dropout_p, float? scale, SymInt? window) -> (Tensor dq, Tensor dk, Tensor dv)",
+    fake_forward=_fake_forward,
+    fake_backward=_fake_backward,
+    save=_save,
+    gradients=_gradients,
+    call=_call,
+)
+add_triton(ATTENTION, "attention")
 
 
 def causal_attention(
@@ -127,14 +225,13 @@ def causal_attention_qkvpacked(
     check_floating(qkv=qkv)
     if qkv.ndim != 5 or qkv.shape[2] != 3:
         raise InputError(f"qkv has shape {tuple(qkv.shape)}: it must be (B, T, 3, H, D)")
-    q, k, v = qkv.unbind(2)  # views, (B, T, H, D)
-    return _attend(q, k, v, dropout_p, scale, window, backend)
+    return _attend(qkv, None, None, dropout_p, scale, window, backend)
 
 
 def _attend(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
     dropout_p: float,
     scale: float | None,
     window: int | None,

@@ -1,0 +1,349 @@
+"""Causal attention, forward: FlashAttention-2 (Dao, arXiv 2307.08691) on packed or strided q, k, v.
+
+Query i, at position t(i) = Tk - Tq + i, sees keys t(i) - window < j <= t(i). For a block of queries, going
+through blocks of keys from left to right, with scores in base 2, s2 = log2(e) scale q k^T:
+
+    m' = max(m, max_j s2)         a = 2^(m - m')
+    total = a total + sum_j 2^(s2 - m')
+    o = a o + (z 2^(s2 - m')) v                      z: dropout
+    after the last block   o = o / total,   lse = m + log2 total, in base 2 too
+
+           keys ->
+    q  [M][ ][ ][M]             M: at the window's edge or on the diagonal: masked
+    |      [M][ ][ ][M]         [ ]: seen whole: no mask, no bounds
+    v          [M][ ][ ][M]     the rest: neither read nor computed
+
+lse in base 2 is rounded once, where a natural one is rounded three times until backward has it in base 2
+again: at lse = 7 that is 2e-7 of every weight of the row, as much as all other errors in fp32.
+
+Bytes: e (2 Tq + 2 Tk) D + 4 Tq per head (q, o, k, v once; lse): the blocks of queries of a head run next to
+each other, so that its k and v come from L2 after the first. Flops: 4 D for each pair seen.
+
+Launch: a program per head and block of queries, the longest rows of a head first, so that the short ones fill
+the tail. Only the two kinds of blocks above are masked, each in a loop of its own.
+
+Few queries against many keys (decoding) leave most of a chip idle in that scheme: there each program takes a
+share of the keys and writes its m, total and o, and a second kernel adds up the shares, in order:
+
+    m = max_s m_s,   total = sum_s 2^(m_s - m) total_s,   o = sum_s 2^(m_s - m) o_s / total
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from fastgpt.kernels.attention_backward import attention_backward as attention_backward
+from fastgpt.kernels.attention_tiles import (
+    LOG2E,
+    PRECISION,
+    Config,
+    Table,
+    block_d,
+    choose,
+    head_start,
+    kept,
+    load_tile,
+    seen,
+    split_packed,
+    store_tile,
+    strides,
+)
+from fastgpt.kernels.examples import Example, meta
+from fastgpt.kernels.launch import chip, launch
+from torch import Tensor
+
+# Every size of GPT-2 has heads of 64. 128 queries are two warpgroups of 64 rows, what wgmma and tcgen05
+# multiply; on H100 two such programs fit an SM: one's softmax runs beside the other's products. On A100 4
+# warps of 32 rows read each key from shared memory half as often as 8, and still leave room for two programs.
+# 32 keys a step at 256: o alone takes 64 registers a thread. sm_120 has 99 KB of shared memory: two stages at
+# 128.
+_BASE = {64: Config(128, 64, 8, 3), 128: Config(128, 64, 8, 3), 256: Config(64, 32, 8, 2)}
+HALVES: Table = {
+    80: _BASE | {64: Config(128, 64, 4, 3)},
+    90: _BASE,
+    100: _BASE,
+    120: _BASE | {128: Config(128, 64, 8, 2)},
+}
+# The three products of tf32 hold both halves of q in registers: smaller tiles.
+FP32 = {64: Config(32, 32, 4, 2), 128: Config(32, 32, 8, 2), 256: Config(16, 16, 8, 1)}
+FEW_QUERIES = 16  # the least rows that tensor cores multiply
+SPLIT_KEYS = 256  # the least worth a program of its own
+
+
+@triton.jit
+def _attend(
+    acc,
+    m,
+    total,
+    q,
+    k_ptr,
+    v_ptr,
+    k_stride,
+    v_stride,
+    start,
+    stop,
+    first_query,
+    offset,
+    Tk,
+    window,
+    scale2,
+    seed_ptr,
+    bh,
+    dropout_p,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    MASKED: tl.constexpr,
+    WINDOWED: tl.constexpr,
+):
+    """Take the keys start..stop-1 into o (`acc`), m and total."""
+    for first in range(start, stop, KEYS):
+        k = load_tile(k_ptr, first, Tk, k_stride, KEYS, D, BLOCK_D, MASKED)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if MASKED:
+            positions = offset + first_query + tl.arange(0, QUERIES)[:, None]
+            s = tl.where(
+                seen(positions, first + tl.arange(0, KEYS)[None, :], window, WINDOWED), s, -float("inf")
+            )
+        m_next = tl.maximum(m, tl.max(s, 1) * scale2)
+        if MASKED:  # a row that has seen no key yet: 2^(-inf - 0) = 0, where -inf - -inf would be NaN
+            anchor = tl.where(m_next == -float("inf"), 0.0, m_next)
+        else:
+            anchor = m_next
+        p = tl.exp2(tl.fma(s, scale2, -anchor[:, None]))
+        a = tl.exp2(m - anchor)
+        total = tl.fma(total, a, tl.sum(p, 1))
+        acc = acc * a[:, None]
+        m = m_next
+        if seed_ptr is not None:
+            p = tl.where(kept(seed_ptr, bh, first_query, first, dropout_p, QUERIES, KEYS), p, 0.0)
+        v = load_tile(v_ptr, first, Tk, v_stride, KEYS, D, BLOCK_D, MASKED)
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision=PRECISION)
+    return acc, m, total
+
+
+@triton.jit
+def _attention_forward(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    o_ptr,
+    lse_ptr,
+    parts_ptr,
+    stats_ptr,
+    seed_ptr,
+    q_batch_stride,
+    q_stride,
+    q_head_stride,
+    k_batch_stride,
+    k_stride,
+    k_head_stride,
+    v_batch_stride,
+    v_stride,
+    v_head_stride,
+    BH,
+    H,
+    Tq,
+    Tk,
+    window,
+    begin,
+    share,
+    scale,
+    dropout_p,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    WINDOWED: tl.constexpr,
+):
+    blocks = tl.cdiv(Tq, QUERIES)
+    bh = tl.program_id(0) // blocks
+    b, h = bh // H, bh % H
+    first_query = (blocks - 1 - tl.program_id(0) % blocks) * QUERIES
+    offset = Tk - Tq
+    q_ptr += head_start(b, h, q_batch_stride, q_head_stride)
+    k_ptr += head_start(b, h, k_batch_stride, k_head_stride)
+    v_ptr += head_start(b, h, v_batch_stride, v_head_stride)
+    q = load_tile(q_ptr, first_query, Tq, q_stride, QUERIES, D, BLOCK_D, True)
+
+    first_position = offset + first_query
+    start = 0
+    stop = tl.minimum(first_position + QUERIES, Tk)
+    if parts_ptr is not None:
+        start = begin + tl.program_id(1) * share
+        stop = tl.minimum(stop, start + share)
+    if WINDOWED:
+        start = tl.maximum(start, tl.maximum(first_position - window + 1, 0) // KEYS * KEYS)
+    # Keys from `diagonal` on are hidden from some query; those before `edge` too, being out of its window.
+    diagonal = tl.maximum(tl.minimum((first_position + 1) // KEYS * KEYS, stop // KEYS * KEYS), start)
+    edge = start
+    scale2 = scale * LOG2E
+    m = tl.full([QUERIES], -float("inf"), tl.float32)
+    total = tl.zeros([QUERIES], tl.float32)
+    acc = tl.zeros([QUERIES, BLOCK_D], tl.float32)
+    if WINDOWED:
+        edge = tl.cdiv(tl.maximum(first_position + QUERIES - window, 0), KEYS) * KEYS
+        edge = tl.minimum(tl.maximum(edge, start), diagonal)
+        acc, m, total = _attend(
+            acc, m, total, q, k_ptr, v_ptr, k_stride, v_stride, start, edge, first_query, offset, Tk, window,
+            scale2, seed_ptr, bh, dropout_p, D, BLOCK_D, QUERIES, KEYS, True, True,
+        )  # fmt: skip
+    acc, m, total = _attend(
+        acc, m, total, q, k_ptr, v_ptr, k_stride, v_stride, edge, diagonal, first_query, offset, Tk, window,
+        scale2, seed_ptr, bh, dropout_p, D, BLOCK_D, QUERIES, KEYS, False, WINDOWED,
+    )  # fmt: skip
+    acc, m, total = _attend(
+        acc, m, total, q, k_ptr, v_ptr, k_stride, v_stride, diagonal, stop, first_query, offset, Tk, window,
+        scale2, seed_ptr, bh, dropout_p, D, BLOCK_D, QUERIES, KEYS, True, WINDOWED,
+    )  # fmt: skip
+
+    queries = first_query + tl.arange(0, QUERIES)
+    rows = tl.cast(bh, tl.int64) * Tq + queries
+    if parts_ptr is not None:  # o: (S, BH, Tq, D); m and total: (2, S, BH, Tq)
+        part = tl.cast(tl.program_id(1), tl.int64) * BH * Tq
+        store_tile(parts_ptr + (part + bh * Tq) * D, acc, first_query, Tq, D, QUERIES, D, BLOCK_D)
+        tl.store(stats_ptr + part + rows, m, queries < Tq)
+        tl.store(stats_ptr + (part + tl.num_programs(1) * BH * Tq) + rows, total, queries < Tq)
+    else:
+        tl.store(lse_ptr + rows, m + tl.log2(total), queries < Tq)
+        if seed_ptr is not None:
+            total *= 1 - dropout_p
+        o_ptr += head_start(b, h, tl.cast(Tq, tl.int64) * H * D, D)
+        store_tile(o_ptr, acc / total[:, None], first_query, Tq, H * D, QUERIES, D, BLOCK_D)
+
+
+@triton.jit
+def _attention_combine(
+    parts_ptr,
+    stats_ptr,
+    o_ptr,
+    lse_ptr,
+    BH,
+    H,
+    Tq,
+    S,
+    dropout_p,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    row = tl.cast(tl.program_id(0), tl.int64)  # of (BH, Tq)
+    shares = tl.arange(0, BLOCK_S)
+    dims = tl.arange(0, BLOCK_D)
+    part = tl.cast(shares, tl.int64) * BH * Tq + row
+    m_s = tl.load(stats_ptr + part, shares < S, other=-float("inf"))
+    total_s = tl.load(stats_ptr + tl.cast(S, tl.int64) * BH * Tq + part, shares < S, other=0.0)
+    mask = (shares < S)[:, None] & (dims < D)[None, :]
+    o_s = tl.load(parts_ptr + part[:, None] * D + dims[None, :], mask, other=0.0)
+    m = tl.max(m_s, 0)
+    weight = tl.exp2(m_s - m)
+    total = tl.sum(weight * total_s, 0)
+    o = tl.sum(weight[:, None] * o_s, 0) / (total * (1 - dropout_p))
+    tl.store(lse_ptr + row, m + tl.log2(total))
+    b, h, i = row // Tq // H, row // Tq % H, row % Tq
+    tl.store(o_ptr + ((b * Tq + i) * H + h) * D + dims, o.to(o_ptr.dtype.element_ty), dims < D)
+
+
+def attention_forward(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    scale: float | None,
+    window: int | None,
+) -> tuple[Tensor, Tensor]:
+    """(o, lse); q alone is packed qkv."""
+    q, k, v = split_packed(q, k, v)
+    B, Tq, H, D = q.shape
+    Tk = k.shape[1]
+    o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty((B, H, Tq), dtype=torch.float32, device=q.device)
+    config = choose(HALVES, FP32, q, dropout=seed is not None)
+    windowed = window is not None and window < Tk
+    window = window if windowed else Tk
+    begin, share, splits = 0, Tk, 1
+    if Tq <= FEW_QUERIES:
+        config = config._replace(rows=FEW_QUERIES, warps=4)
+        begin = (
+            max(Tk - Tq - window + 1, 0) // config.step * config.step
+        )  # the first key seen, or a little before
+        programs = triton.cdiv(2 * chip(q.device).sms, max(B * H, 1))
+        share = max(triton.cdiv(Tk - begin, programs), SPLIT_KEYS)
+        share = triton.cdiv(share, config.step) * config.step
+        splits = max(triton.cdiv(Tk - begin, share), 1)
+    parts = stats = None
+    if splits > 1:
+        parts = torch.empty((splits, B * H, Tq, D), dtype=torch.float32, device=q.device)
+        stats = torch.empty((2, splits, B * H, Tq), dtype=torch.float32, device=q.device)
+    launch(
+        _attention_forward,
+        (B * H * triton.cdiv(Tq, config.rows), splits),
+        *(q, k, v, o, lse, parts, stats, seed),
+        *(*strides(q), *strides(k), *strides(v)),
+        *(B * H, H, Tq, Tk, window, begin, share, D**-0.5 if scale is None else scale, dropout_p),
+        D=D,
+        BLOCK_D=block_d(D),
+        QUERIES=config.rows,
+        KEYS=config.step,
+        WINDOWED=windowed,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+    if parts is not None:
+        launch(
+            _attention_combine,
+            (B * H * Tq,),
+            *(parts, stats, o, lse, B * H, H, Tq, splits, dropout_p),
+            D=D,
+            BLOCK_D=block_d(D),
+            BLOCK_S=triton.next_power_of_2(splits),
+            num_warps=4,
+        )
+    return o, lse
+
+
+def examples() -> list[Example]:
+    def call(
+        direction: str,
+        D: int,
+        dtype: torch.dtype = torch.bfloat16,
+        dropout: bool = False,
+        window: int | None = None,
+    ) -> Callable[[], Any]:
+        qkv, o = meta(8, 1024, 3, 12, D, dtype=dtype), meta(8, 1024, 12, D, dtype=dtype)
+        lse = meta(8, 12, 1024, dtype=torch.float32)
+        seed = meta(1, dtype=torch.int64) if dropout else None
+        options = (seed, 0.1 if dropout else 0.0, None, window)
+        if direction == "forward":
+            return lambda: attention_forward(qkv, None, None, *options)
+        return lambda: attention_backward(o, qkv, None, None, o, lse, *options)
+
+    def decode() -> Any:
+        cache = meta(8, 1024, 12, 64)
+        return attention_forward(meta(8, 1, 3, 12, 64)[:, :, 0], cache, cache, None, 0.0, None, None)
+
+    cores = ("tensor_cores", "vector_load")
+    forward = {"_attention_forward": cores}
+    backward = {"_attention_backward_queries": cores, "_attention_backward_keys": cores}
+    decoding = {"_attention_forward": ("vector_load",), "_attention_combine": ("vector_load",)}
+    found = [
+        Example("attention 64", call("forward", 64), forward, every_chip=True),
+        Example("attention backward 64", call("backward", 64), backward, every_chip=True),
+        Example("attention decode", decode, decoding, every_chip=True),
+    ]
+    for direction in ("forward", "backward"):
+        for dropout, window in ((True, None), (True, 256), (False, 256)):
+            name = f"attention {direction} 64{' dropout' * dropout}{' window' if window else ''}"
+            found.append(Example(name, call(direction, 64, dropout=dropout, window=window)))
+        for width in (80, 96, 128, 256):
+            found.append(Example(f"attention {direction} {width}", call(direction, width)))
+        for width in (64, 128):
+            name = f"attention {direction} {width} fp32"
+            found.append(Example(name, call(direction, width, dtype=torch.float32)))
+    return found
