@@ -26,7 +26,7 @@ environment, handlers = dict(os.environ), [signal.getsignal(s) for s in (signal.
 start = time.perf_counter()
 import fastgpt
 seconds = time.perf_counter() - start
-assert fastgpt.__all__ == ["GPT", "GPTConfig", "__version__", "ops"]
+assert fastgpt.__all__ == ["GPT", "GPTConfig", "__version__", "ops", "patch_gpt2", "unpatch_gpt2"]
 new = set(sys.modules) - loaded
 heavy = [name for name in {HEAVY!r} if name in new]
 assert not heavy, heavy
