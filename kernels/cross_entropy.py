@@ -81,7 +81,7 @@ def _gradient(
     dl = tl.exp(_load(row_ptr, cols, V, S, MASKED) - m) * scale
     if SMOOTH:
         dl -= everywhere
-    return tl.where(cols == y, dl - at_target, dl)
+    return tl.where(cols == y, at_target, dl)
 
 
 @triton.jit
@@ -153,8 +153,10 @@ def _row(
         if count_ptr is not None:
             g /= tl.load(count_ptr)
         scale = tl.where(known, g * (1.0 + 2.0 * z_loss * lse) / t, float("nan"))
-        at_target = g * (1.0 - label_smoothing)
         everywhere = g * label_smoothing / S
+        # p - 1 before the rest: what is left when they cancel is exact, and at V = 1 it is 0.
+        p_y = tl.exp(l_y - m) / t
+        at_target = g * ((p_y - 1.0) + label_smoothing + p_y * (2.0 * z_loss * lse)) - everywhere
         target = y.to(tl.int32)
         for start in range(full, V, BLOCK):
             cols = _columns(start, LANES, GROUP)

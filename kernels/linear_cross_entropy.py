@@ -66,7 +66,7 @@ def _padded(weight: Tensor, vocab_size: int) -> Tensor:
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
-    """total += a @ b in fp32, or total = a @ b for the first."""
+    """total += a @ b in fp32, or total = a @ b for the first. With `out`, autocast leaves dtypes alone."""
     beta = 0 if first else 1
     if a.dtype == torch.float32:
         torch.addmm(total, a, b, beta=beta, out=total)
@@ -94,42 +94,37 @@ def linear_cross_entropy_forward(
     check_targets(targets, vocab_size, ignore_index)
     losses = torch.empty(targets.shape, dtype=torch.float32, device=x.device)
     dx = x.new_empty(x.shape if x_gradient else 0)
-    with torch.autocast(x.device.type, enabled=False):  # it would take the fp32 sum's operands to bf16
-        w = _padded(weight, vocab_size)
-        rows, width = targets.numel(), x.shape[-1]
-        total = torch.empty(
-            (w.shape[0] if weight_gradient else 0, width), dtype=torch.float32, device=x.device
+    w = _padded(weight, vocab_size)
+    rows, width = targets.numel(), x.shape[-1]
+    total = torch.empty((w.shape[0] if weight_gradient else 0, width), dtype=torch.float32, device=x.device)
+    if rows == 0:
+        total.zero_()
+    flat, flat_dx, flat_losses = x.reshape(rows, width), dx.view(-1, width), losses.view(-1)
+    flat_targets = targets.reshape(-1).contiguous()
+    flat_dloss = None if dloss is None else dloss.reshape(-1)
+    chunks = triton.cdiv(rows, chunk_rows)
+    size = triton.cdiv(rows, max(chunks, 1))  # all about as long: a short last one costs what a long one does
+    buffer = x.new_empty(size, w.shape[0])
+    for start in range(0, rows, max(size, 1)):
+        part = slice(start, start + size)
+        chunk = flat[part]  # (n, C)
+        logits = buffer[: chunk.shape[0]]  # (n, V), soon dl
+        torch.mm(chunk, w.t(), out=logits)
+        loss_rows(
+            logits,
+            flat_targets[part],
+            losses=flat_losses[part],
+            dlogits=logits if x_gradient or weight_gradient else None,
+            dloss=None if flat_dloss is None else flat_dloss[part],
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            vocab_size=vocab_size,
         )
-        if rows == 0:
-            total.zero_()
-        flat, flat_dx, flat_losses = x.reshape(rows, width), dx.view(-1, width), losses.view(-1)
-        flat_targets = targets.reshape(-1).contiguous()
-        flat_dloss = None if dloss is None else dloss.reshape(-1)
-        chunks = triton.cdiv(rows, chunk_rows)
-        size = triton.cdiv(
-            rows, max(chunks, 1)
-        )  # all about as long: a short last one costs what a long one does
-        buffer = x.new_empty(size, w.shape[0])
-        for start in range(0, rows, max(size, 1)):
-            part = slice(start, start + size)
-            chunk = flat[part]  # (n, C)
-            logits = buffer[: chunk.shape[0]]  # (n, V), soon dl
-            torch.mm(chunk, w.t(), out=logits)
-            loss_rows(
-                logits,
-                flat_targets[part],
-                losses=flat_losses[part],
-                dlogits=logits if x_gradient or weight_gradient else None,
-                dloss=None if flat_dloss is None else flat_dloss[part],
-                ignore_index=ignore_index,
-                label_smoothing=label_smoothing,
-                z_loss=z_loss,
-                vocab_size=vocab_size,
-            )
-            if x_gradient:
-                torch.mm(logits, w, out=flat_dx[part])
-            if weight_gradient:
-                _add_product(total, logits.t(), chunk, first=start == 0)
+        if x_gradient:
+            torch.mm(logits, w, out=flat_dx[part])
+        if weight_gradient:
+            _add_product(total, logits.t(), chunk, first=start == 0)
     count = count_rows(flat_targets, ignore_index) if reduction == "mean" else None
     loss = losses if reduction == "none" else sum_losses(losses, count)
     return loss, losses.new_empty(0) if count is None else count, dx, total[:vocab_size]
@@ -161,6 +156,7 @@ def examples() -> Iterator[Example]:
             *(x, meta(50304, 768), targets, None, 4096, -100, 0.0, 0.0, "mean", 50257, True, True),
         ),
         {"_row": ("vector_load", "vector_store", "wide_rows")},
+        every_chip=True,
     )
     yield Example(
         "backward",

@@ -83,7 +83,7 @@ def _call(
         x, weight = x.to(dtype), weight.to(dtype)
     if x.dtype != weight.dtype:
         raise InputError(f"weight has dtype {weight.dtype}: it must be {x.dtype}, the dtype of x")
-    # With "none" the gradient of weight needs each row's dloss before the sum over rows: backward computes it.
+    # With "none" the gradient of weight needs each row's dloss before the sum over rows: it is for backward.
     now = torch.is_grad_enabled() and reduction != "none"
     return kernels.forward(
         x,
