@@ -72,6 +72,7 @@ HALVES: Table = {
 FP32 = {64: Config(32, 32, 4, 2), 128: Config(32, 32, 8, 2), 256: Config(16, 16, 8, 1)}
 FEW_QUERIES = 16  # the least rows that tensor cores multiply
 SPLIT_KEYS = 256  # the least worth a program of its own
+MOST_SHARES = 64  # as many as a program of `_attention_combine` holds in registers, at any head size
 
 
 @triton.jit
@@ -273,7 +274,7 @@ def attention_forward(
         begin = (
             max(Tk - Tq - window + 1, 0) // config.step * config.step
         )  # the first key seen, or a little before
-        programs = triton.cdiv(2 * chip(q.device).sms, max(B * H, 1))
+        programs = min(triton.cdiv(2 * chip(q.device).sms, max(B * H, 1)), MOST_SHARES)
         share = max(triton.cdiv(Tk - begin, programs), SPLIT_KEYS)
         share = triton.cdiv(share, config.step) * config.step
         splits = max(triton.cdiv(Tk - begin, share), 1)
@@ -303,7 +304,7 @@ def attention_forward(
             D=D,
             BLOCK_D=block_d(D),
             BLOCK_S=triton.next_power_of_2(splits),
-            num_warps=4,
+            num_warps=min(max(triton.next_power_of_2(splits) * block_d(D) // 512, 1), 8),
         )
     return o, lse
 

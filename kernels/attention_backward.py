@@ -339,8 +339,7 @@ def attention_backward(
     """(dq, dk, dv); for q alone, packed qkv, (dqkv, nothing, nothing)."""
     if packed := k is None:
         gradients = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        nothing = q.new_empty(0)
-        result = gradients, nothing, nothing.clone()
+        result = gradients, q.new_empty(0), q.new_empty(0)
         dq, dk, dv = gradients.unbind(2)
     q, k, v = split_packed(q, k, v)
     do = do.contiguous()
@@ -365,6 +364,8 @@ def attention_backward(
         num_stages=config.stages,
     )
     config = choose(KEYS_HALVES, KEYS_FP32, q, dropout=seed is not None)
+    if windowed:  # the loop over the window's edge holds k, v, dk and dv as well: room for half a step
+        config = config._replace(step=max(config.step // 2, 16))
     launch(
         _attention_backward_keys,
         (B * H * triton.cdiv(Tk, config.rows),),

@@ -104,6 +104,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     o, lse = output
     ctx.save_for_backward(q, k, v, o, lse, seed)
     ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)  # no zeros for lse
 
 
 def _gradients(kernels: Kernels, ctx: Any, do: Tensor, *_: object) -> tuple[Tensor | None, ...]:
