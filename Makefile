@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help train install test test-slow lint format clean
+.PHONY: help train install test test-gpu test-slow mutants lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -28,6 +28,14 @@ test: install  ## run the test suite
 
 test-slow: install  ## run the tests that take minutes (some need FASTGPT_SHAKESPEARE=path/to/input.txt)
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-gpu: install  ## run the tests of the kernels on this machine's GPU instead of the interpreter
+	@$(BIN)/python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || \
+	  { echo "no usable CUDA GPU here: 'make test' runs the same tests in Triton's interpreter"; exit 1; }
+	$(BIN)/python -m pytest tests/ops tests/kernels tests/test_optim.py tests/test_model_implementations.py $(ARGS)
+
+mutants: install  ## break the code in known ways, one at a time, and see that a test notices (hours)
+	$(BIN)/python tests/mutants.py -j 2 $(ARGS)
 
 lint: install  ## ruff and mypy
 	$(BIN)/ruff check .

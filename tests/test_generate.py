@@ -12,6 +12,11 @@ from fastgpt.data import ByteTokenizer, CharTokenizer, GPT2Tokenizer
 from fastgpt.errors import InputError
 from fastgpt.generate import choose, encode_prompt, generate, sample_text, stream_text
 
+MUTANTS = {
+    "fastgpt/model.py": [("start = 0 if cache is None else cache.length", "start = 0")],
+    "fastgpt/generate.py": [("above >= top_p", "above > 1.5 * top_p")],
+}
+
 CONFIG = GPTConfig(vocab_size=65, block_size=16, n_layer=2, n_head=2, n_embd=32)
 
 

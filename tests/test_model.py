@@ -13,6 +13,14 @@ from fastgpt import GPT, GPTConfig
 from fastgpt.config import PRESETS
 from fastgpt.errors import InputError
 
+MUTANTS = {
+    "fastgpt/model.py": [
+        ("[..., : self.config.vocab_size]", ""),
+        ("reduction=reduction, vocab_size=self.config.vocab_size", "reduction=reduction"),
+        ("INIT_STD / math.sqrt(2 * self.config.n_layer)", "INIT_STD"),
+    ],
+}
+
 TINY = GPTConfig(vocab_size=65, block_size=16, n_layer=2, n_head=2, n_embd=32)
 
 

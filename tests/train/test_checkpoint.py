@@ -20,6 +20,14 @@ from fastgpt import GPTConfig, checkpoint
 from fastgpt.data import CharTokenizer
 from fastgpt.errors import InputError
 
+MUTANTS = {
+    "fastgpt/checkpoint.py": [
+        ("        unfinished.rename(final)\n", "        shutil.copytree(unfinished, final)\n"),
+        ("keep = {best(run), *every[-_KEEP_LAST:]}", "keep = {*every[-_KEEP_LAST:]}"),
+        ("if sha256_of(file) != expected[name]:", "if False:"),
+    ],
+}
+
 CONFIG = GPTConfig(vocab_size=3, block_size=4, n_layer=1, n_head=1, n_embd=8)
 FILES = ("config.json", "model.safetensors", "state.json", "tokenizer.json", "training.safetensors")
 

@@ -25,6 +25,21 @@ from fastgpt.metrics import KEYS, read_metrics
 from fastgpt.model import GPT
 from fastgpt.train import Trainer, open_data, train
 
+MUTANTS = {
+    "fastgpt/train.py": [
+        ("(summed / tokens).backward()", "(summed / (y.size * len(micro_batches))).backward()"),
+        ("runtime.set_rng_state(generators, self.device)", "pass"),
+        ('self.scaler.load_state_dict(saved.state["scaler"])', "pass"),
+        (
+            "micro_batches = self.loader.micro_batches(",
+            "micro_batches = (lambda _, n: self.loader.micro_batches(0, n))(",
+        ),
+        ("        self.check_finite()\n        generators", "        generators"),
+    ],
+    "fastgpt/metrics.py": [('if row["step"] <= first_step', "if True")],
+    "fastgpt/evaluate.py": [("    model.eval()\n", "")],
+}
+
 Tiny = Callable[..., TrainConfig]
 
 
