@@ -9,11 +9,14 @@ Backward:
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt.ops.checks import check_dropout, check_floating, check_shape
+from fastgpt.ops.library import Kernels, Operator, add_triton, check_dtypes
 from fastgpt.ops.registry import Cost, register, select
 
 
@@ -22,6 +25,47 @@ def reference(x: Tensor, residual: Tensor, *, p: float, training: bool = True) -
 
 
 register("dropout_add", "eager", reference)
+
+
+def _call(kernels: Kernels, x: Tensor, residual: Tensor, *, p: float, training: bool = True) -> Tensor:
+    check_dtypes(x=x, residual=residual)
+    if p == 0 or not training:
+        return x + residual
+    # From PyTorch's generator and on the device, where a CUDA graph advances it at each replay.
+    seed = torch.randint(-(1 << 63), (1 << 63) - 1, (1,), dtype=torch.int64, device=x.device)
+    return kernels.forward(x, residual, seed, p)
+
+
+def _fake_forward(x: Tensor, residual: Tensor, seed: Tensor, p: float) -> Tensor:
+    return x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
+
+
+def _fake_backward(dy: Tensor, seed: Tensor, p: float, dtype: torch.dtype) -> Tensor:
+    return dy.new_empty(dy.shape, dtype=dtype)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, residual, seed, ctx.p = inputs
+    ctx.save_for_backward(seed)
+    ctx.dtypes = x.dtype, residual.dtype
+
+
+def _gradients(kernels: Kernels, ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x_dtype, residual_dtype = ctx.dtypes
+    return kernels.backward(dy, *ctx.saved_tensors, ctx.p, x_dtype), dy.to(residual_dtype), None, None
+
+
+DROPOUT_ADD = Operator(
+    name="dropout_add",
+    forward="(Tensor x, Tensor residual, Tensor seed, float p) -> Tensor",
+    backward="(Tensor dy, Tensor seed, float p, ScalarType dtype) -> Tensor",
+    fake_forward=_fake_forward,
+    fake_backward=_fake_backward,
+    save=_save,
+    gradients=_gradients,
+    call=_call,
+)
+add_triton(DROPOUT_ADD, "dropout")
 
 
 def dropout_add(

@@ -10,6 +10,8 @@ Backward:
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,6 +25,7 @@ from fastgpt.ops.checks import (
     check_shape,
     out_of_range,
 )
+from fastgpt.ops.library import Kernels, Operator, add_triton, check_dtypes
 from fastgpt.ops.registry import Cost, register, select
 
 
@@ -33,6 +36,58 @@ def reference(idx: Tensor, token_weight: Tensor, position_weight: Tensor, *, sta
 
 
 register("embedding", "eager", reference)
+
+
+def _call(
+    kernels: Kernels, idx: Tensor, token_weight: Tensor, position_weight: Tensor, *, start: int = 0
+) -> Tensor:
+    check_dtypes(token_weight=token_weight, position_weight=position_weight)
+    return kernels.forward(idx, token_weight, position_weight, start)
+
+
+def _fake_forward(idx: Tensor, token_weight: Tensor, position_weight: Tensor, start: int) -> Tensor:
+    dtype = torch.promote_types(token_weight.dtype, position_weight.dtype)
+    return token_weight.new_empty((*idx.shape, token_weight.shape[1]), dtype=dtype)
+
+
+def _fake_backward(
+    dy: Tensor,
+    idx: Tensor,
+    vocab_size: int,
+    block_size: int,
+    start: int,
+    token_dtype: torch.dtype,
+    position_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    width = dy.shape[-1]
+    dwt = dy.new_empty((vocab_size, width), dtype=token_dtype)
+    return dwt, dy.new_empty((block_size, width), dtype=position_dtype)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    idx, token_weight, position_weight, start = inputs
+    ctx.save_for_backward(idx)
+    ctx.sizes = token_weight.shape[0], position_weight.shape[0], start
+    ctx.dtypes = token_weight.dtype, position_weight.dtype
+
+
+def _gradients(kernels: Kernels, ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    dwt, dwp = kernels.backward(dy, *ctx.saved_tensors, *ctx.sizes, *ctx.dtypes)
+    return None, dwt, dwp, None
+
+
+EMBEDDING = Operator(
+    name="embedding",
+    forward="(Tensor idx, Tensor token_weight, Tensor position_weight, SymInt start) -> Tensor",
+    backward="(Tensor dy, Tensor idx, SymInt vocab_size, SymInt block_size, SymInt start, "
+    "ScalarType token_dtype, ScalarType position_dtype) -> (Tensor dwt, Tensor dwp)",
+    fake_forward=_fake_forward,
+    fake_backward=_fake_backward,
+    save=_save,
+    gradients=_gradients,
+    call=_call,
+)
+add_triton(EMBEDDING, "embedding")
 
 
 def embedding(
@@ -57,7 +112,8 @@ def embedding(
 
     Raises:
         InputError: wrong dtypes, shapes that do not fit, tensors on different devices, positions beyond the
-            table; an index out of range on a CPU (on CUDA it is a device-side assertion, as in PyTorch).
+            table; an index out of range on a CPU. On CUDA, where nobody waits to look, `eager` is stopped
+            by PyTorch's device-side assertion, and `triton` gives NaN for that token.
 
     Source: Radford et al., "Language Models are Unsupervised Multitask Learners", 2019 (GPT-2).
     """

@@ -1,0 +1,122 @@
+"""What is special to the dropout kernels: the random numbers, which backward must find again."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from fastgpt.kernels import dropout as kernels
+from ops.helpers import DTYPES, assert_accurate, spread
+from torch import Tensor
+
+from fastgpt.ops import dropout_add
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+Q = kernels.Q
+
+
+def scales(shape: tuple[int, ...], p: float, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """z of every element."""
+    ones = torch.ones(shape, dtype=dtype, device=DEVICE)
+    return kernels.dropout_add_backward(ones, torch.tensor([seed], device=DEVICE), p, dtype)
+
+
+def philox(key: int, counter: list[int]) -> list[int]:
+    """Philox 4x32-10 as published: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011."""
+    word = (1 << 32) - 1
+    k0, k1 = key & word, key >> 32 & word
+    c = counter
+    for _ in range(10):
+        high, low = 0xCD9E8D57 * c[2], 0xD2511F53 * c[0]
+        c = [high >> 32 ^ c[1] ^ k0, high & word, low >> 32 ^ c[3] ^ k1, low & word]
+        k0, k1 = k0 + 0x9E3779B9 & word, k1 + 0xBB67AE85 & word
+    return c
+
+
+def test_philox_is_philox() -> None:
+    """The authors' known answer for a counter and key of zeros."""
+    assert philox(0, [0] * 4) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+
+
+@pytest.mark.parametrize("seed", [0, -1, 0x123456789ABCDEF])
+def test_masks_are_the_documented_ones(seed: int) -> None:
+    """Element k Q + j of block b takes word k of counter (j, b)."""
+    p, n = 0.3, 4 * Q + 3 * Q + 5
+    kept = scales((n,), p, seed) != 0
+    for element in [0, 1, Q - 1, Q, 2 * Q + 7, 4 * Q - 1, 4 * Q, 5 * Q + 3, n - 1]:
+        block, rest = divmod(element, 4 * Q)
+        word = philox(seed % (1 << 64), [rest % Q, block, 0, 0])[rest // Q]
+        assert bool(kept[element]) == (word >= round(p * 2**32)), element
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_law(p: float) -> None:
+    """Frequencies of single elements and of pairs at distances where words, lanes and blocks meet."""
+    n = 12 * Q
+    dropped = (scales((n,), p, 7) == 0).double()
+    deviation = math.sqrt(p * (1 - p) / n)
+    assert abs(dropped.mean() - p) < 5 * deviation
+    for k in range(4):  # each word by itself
+        assert abs(dropped.view(-1, 4, Q)[:, k].mean() - p) < 5 * 2 * deviation
+    q = p * p
+    for distance in (1, 2, 8, 32, Q, 2 * Q, 4 * Q):
+        pairs = dropped[distance:] * dropped[:-distance]
+        assert abs(pairs.mean() - q) < 5 * math.sqrt(2 * q * (1 - q) / len(pairs)), distance
+    other = (scales((n,), p, 8) == 0).double()  # a neighbouring seed
+    assert abs((dropped * other).mean() - q) < 5 * math.sqrt(2 * q * (1 - q) / n)
+
+
+def test_mask_depends_on_seed_and_number_alone() -> None:
+    expected = scales((6, 1000), 0.4, 3)
+    assert torch.equal(scales((6000,), 0.4, 3), expected.flatten())
+    assert torch.equal(scales((3, 1000), 0.4, 3), expected[:3])
+    for dtype in DTYPES:
+        assert torch.equal(scales((6, 1000), 0.4, 3, dtype) != 0, expected != 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 33), (3, 768), (197, 33)])  # of one block, and of two
+def test_accuracy(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    p = 0.3
+    x, residual, dy = (torch.randn(shape, device=DEVICE).to(dtype) for _ in range(3))
+    for inputs in ((x, residual, dy), tuple(map(spread, (x, residual, dy)))):
+        torch.manual_seed(5)
+        leaves = [t.detach().requires_grad_() for t in inputs[:2]]
+        y = dropout_add(leaves[0], leaves[1], p=p, backend="triton")
+        dx, dresidual = torch.autograd.grad(y, leaves, inputs[2])
+        torch.manual_seed(5)
+        z = (dropout_add(torch.ones_like(x), torch.zeros_like(x), p=p, backend="triton") != 0).double()
+        z = (z / (1 - p)).cpu()
+        wide, narrow = z, z.to(dtype)
+        assert_accurate(y, x.cpu() * narrow + residual.cpu(), x.cpu() * wide + residual.cpu().double())
+        assert_accurate(dx, dy.cpu() * narrow, dy.cpu() * wide)
+        assert torch.equal(dresidual, inputs[2])
+
+
+def test_expanded_gradient_and_mixed_dtypes() -> None:
+    for first, second in itertools.permutations(DTYPES, 2):
+        x = torch.ones(5, 7, dtype=first, device=DEVICE, requires_grad=True)
+        residual = torch.zeros(5, 7, dtype=second, device=DEVICE, requires_grad=True)
+        y = dropout_add(x, residual, p=0.5, backend="triton")
+        assert y.dtype == torch.promote_types(first, second)
+        dx, dresidual = torch.autograd.grad(y.sum(), [x, residual])
+        assert (dx.dtype, dresidual.dtype) == (first, second)
+        assert torch.equal(dx.double(), y.double())
+        assert (dresidual == 1).all()
+
+
+def test_nan_and_infinity_propagate_even_where_dropped() -> None:
+    """0 times NaN is NaN, as in PyTorch: a broken activation is not hidden by chance."""
+    x = torch.full((64,), torch.nan, device=DEVICE)
+    assert dropout_add(x, torch.zeros_like(x), p=0.9, backend="triton").isnan().all()
+    dy = torch.full((64,), torch.inf, device=DEVICE)
+    dx = kernels.dropout_add_backward(dy, torch.tensor([1], device=DEVICE), 0.5, torch.float32)
+    assert not dx.isfinite().any()
+
+
+def test_extreme_p() -> None:
+    n = 100
+    assert (scales((n,), 1 - 2**-33, 0) == 0).all()
+    torch.testing.assert_close(scales((n,), 2**-33, 0), torch.ones(n, device=DEVICE))
