@@ -10,7 +10,7 @@ with g = dloss, for the mean over the number of rows that count. lse itself is n
 logits of 6e4 its rounding alone is worth 0.4 % of a probability.
 
 Bytes, e an element's: the loss alone R V e; with the gradient 2 R V e, since the second look at a row comes
-from the cache: 100 KB of bf16 at V = 50304, two rows an SM, 22 to 30 MB of L2. It looks at the blocks that
+from the cache: 100 KB of bf16 at V = 50304, two rows an SM, 22 MB on an A100. It looks at the blocks that
 were read last first.
 
 Launch: a program per row, going through the columns in blocks of 16 elements a thread. m and t are kept for
@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import triton
@@ -34,11 +35,18 @@ from fastgpt.kernels.examples import Example, meta
 from fastgpt.kernels.launch import chip, launch
 from torch import Tensor
 
-# Columns of a block, by chip. 16 warps of 16 elements a thread: two 16-byte loads of bf16 each, 16 KB in
-# flight for a program. Two programs fit an SM's registers: 32 KB, more than latency x bandwidth asks of an
-# A100 (13 KB) or H100 (18); B200 asks for 38 and gets a third program in its place. Wider programs would hold
-# fewer rows in the cache, but leave more of the last block (50304 = 6.1 blocks) idle.
-WIDEST = {80: 8192, 90: 8192, 100: 8192, 120: 8192}
+
+class Config(NamedTuple):
+    columns: int  # of a block
+    registers: int | None = None  # a thread's limit; None is the compiler's choice
+
+
+# 16 warps of 16 elements a thread: two 16-byte loads of bf16 each, 16 KB in flight for a program. The
+# compiler takes about 61 registers, with which two programs fit an SM: 32 KB, more than latency x bandwidth
+# asks of an A100 (13 KB) or H100 (18), and rows of 22 and 26 MB at a time, which their 40 and 50 MB of L2
+# hold until the second look. B200 asks for 38 KB and holds 126 MB: 40 registers, which it compiles to without
+# spills, make room for a third program.
+LAUNCH = {80: Config(8192), 90: Config(8192), 100: Config(8192, registers=40), 120: Config(8192)}
 PER_THREAD = 16
 SUM_BLOCK, SUM_WARPS = 4096, 8  # rows at a time of the two sums over rows
 
@@ -240,7 +248,8 @@ def loss_rows(
     """
     rows, width = logits.shape
     group = 16 // logits.element_size()
-    block = min(triton.next_power_of_2(max(vocab_size, 32 * group)), WIDEST[chip(logits.device).family])
+    config = LAUNCH[chip(logits.device).family]
+    block = min(triton.next_power_of_2(max(vocab_size, 32 * group)), config.columns)
     launch(
         _row,
         (rows,),
@@ -252,6 +261,7 @@ def loss_rows(
         LANES=block // group,
         GROUP=group,
         num_warps=max(block // (32 * PER_THREAD), 1),
+        maxnreg=config.registers,
     )
 
 

@@ -47,8 +47,9 @@ def _scale(x_ptr, dloss_ptr, count_ptr, y_ptr, N, SIZE, BLOCK: tl.constexpr):
     if dloss_ptr is not None:
         factor = tl.load(dloss_ptr).to(tl.float32)
     if count_ptr is not None:
-        factor /= tl.load(count_ptr)
-    # The others are 0 whatever the factor is, which without rows that count is infinite.
+        count = tl.load(count_ptr)
+        factor = tl.where(count > 0, factor / count, 0.0)  # x is 0 where no row counts, and 0 / 0 is not
+    # The others are 0 even where dloss is infinite or NaN.
     tl.store(y_ptr + at, tl.where(at < N, y * factor, 0.0), at < SIZE)
 
 

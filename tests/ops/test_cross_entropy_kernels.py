@@ -26,6 +26,102 @@ from .helpers import DTYPES, assert_accurate
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton (Linux only)")
 from fastgpt.kernels import cross_entropy as kernels
 from fastgpt.kernels import linear_cross_entropy as linear_kernels
+from fastgpt.kernels.launch import Chip
+
+MUTANTS = {
+    "kernels/cross_entropy.py": [
+        ("total = total * tl.exp(top - greater) + tl.sum(", "total = total + tl.sum("),
+        ("x = tl.where(cols < S, x, ", "x = tl.where(cols < V, x, "),
+        ("for start in range(full, S, BLOCK):", "for start in range(full, S - 1, BLOCK):"),
+        (
+            "for start in range(full, V, BLOCK):",
+            "for start in range(full, S, BLOCK):",
+            "tests/ops/test_cross_entropy_kernels.py -k 16400",
+        ),
+        ("tl.where(cols < S, dl, 0.0), cols < V)", "tl.where(cols < S, dl, 0.0), cols < S)"),
+        (
+            "for number in range(1, S // BLOCK + 1):",
+            "for number in range(1, S // BLOCK):",
+            "tests/ops/test_cross_entropy_kernels.py -k 8192",
+        ),
+        ("return tl.where(cols == y, at_target, dl)", "return dl"),
+        ("scale = tl.where(known, g * (1.0 + 2.0 * z_loss * lse) / t", "scale = tl.where(known, g / t"),
+        (
+            "        if g == 1.0:",
+            "        if g > 0.0:",
+            "tests/ops/test_cross_entropy_kernels.py -k second_backward",
+        ),
+        ("            g /= tl.load(count_ptr)", "            g /= 1.0"),
+        (
+            "            distance = tl.where(cols < S, distance, 0.0)",
+            "            pass",
+            "tests/ops/test_cross_entropy_kernels.py -k shapes",
+        ),
+        (
+            "known = (y >= 0) & (y < S)",
+            "known = (y >= 0) & (y < V)",
+            "tests/ops/test_cross_entropy_kernels.py -k out_of_range",
+        ),
+        (
+            "top = tl.full([LANES], -3.4028234663852886e38",
+            "top = tl.full([LANES], 0.0",
+            "tests/ops/test_cross_entropy_kernels.py -k large",
+        ),
+        (
+            "            tl.store(loss_ptr + row, 0.0)",
+            "            tl.store(loss_ptr + row, 1.0)",
+            "tests/ops/test_cross_entropy_kernels.py -k ignored",
+        ),
+        (
+            "counted += (y != ignore_index)",
+            "counted += (y != -100)",
+            "tests/ops/test_cross_entropy_kernels.py -k ignored",
+        ),
+        ("rows < R, other=0.0)", "rows < R - 1, other=0.0)"),
+        (
+            "0 if dloss is None or dloss.ndim == 0 else dloss.stride(0)",
+            "0 if dloss is None or dloss.ndim == 0 else 1",
+            "tests/ops/test_table.py -k cross_entropy-triton",
+        ),
+    ],
+    "kernels/linear_cross_entropy.py": [
+        (
+            "tl.where(count > 0, factor / count, 0.0)",
+            "factor",
+            "tests/ops/test_cross_entropy_kernels.py -k chunks",
+        ),
+        (
+            "tl.where(count > 0, factor / count, 0.0)",
+            "factor / count",
+            "tests/ops/test_cross_entropy_kernels.py -k no_rows",
+        ),
+        (
+            "tl.where(at < N, y * factor, 0.0)",
+            "y * factor",
+            "tests/ops/test_cross_entropy_kernels.py -k padding_reaches",
+        ),
+        ("at < N, other=0.0)", "at < N - 1, other=0.0)", "tests/ops/test_cross_entropy_kernels.py -k chunks"),
+        ("first=start == 0", "first=True", "tests/ops/test_cross_entropy_kernels.py -k chunks"),
+        (
+            "    padded = weight.new_zeros(rows, weight.shape[1])",
+            "    return weight[:rows]",
+            "tests/ops/test_cross_entropy_kernels.py -k padding_reaches",
+        ),
+        (
+            "dloss=None if flat_dloss is None else flat_dloss[part]",
+            "dloss=None",
+            "tests/ops/test_cross_entropy_kernels.py -k chunks",
+        ),
+    ],
+    "fastgpt/ops/cross_entropy.py": [
+        (
+            "dlogits = ctx.dlogits.pop() if filled",
+            "dlogits = ctx.dlogits[0] if filled",
+            "tests/ops/test_cross_entropy_kernels.py -k second_backward",
+        ),
+    ],
+}
+
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IGNORE = -100
@@ -101,6 +197,17 @@ def test_shapes(
     targets = some_targets(rows, size)
     for dloss in (1.0, 0.3) if rows < 100 else (0.3,):
         check(cross_entropy, [logits, targets], backend, dloss, vocab_size=size, **options)
+
+
+@pytest.mark.parametrize("family", [80, 90, 100, 120])
+def test_launch_choices_of_every_chip(family: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is shipped for chips that are not here gives the same; padding and two blocks show the masks."""
+    logits, targets = torch.randn(3, 9008, device=DEVICE), some_targets(3, 9000)
+    options = {"vocab_size": 9000, "label_smoothing": 0.1}
+    want = run(cross_entropy, [logits, targets], 0.3, "triton", **options)
+    monkeypatch.setattr(kernels, "chip", lambda _: Chip(family, 2))
+    got = run(cross_entropy, [logits, targets], 0.3, "triton", **options)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 # Far from zero; so far apart that one column has all the probability; the same at fp16's limits.
@@ -324,8 +431,13 @@ def test_no_rows(reduction: str, backend: str) -> None:
     want, _, _ = run(linear_cross_entropy, [x, w, targets], 1.0, "eager", reduction=reduction)
     torch.testing.assert_close(loss, want, equal_nan=True)
     assert dx.shape == (0, 4)
-    if reduction != "mean":  # there it is 0 / 0, of which PyTorch makes 0 by multiplying no rows at all
-        assert torch.equal(dw, torch.zeros_like(w))
+    assert torch.equal(dw, torch.zeros_like(w))
+    targets = torch.full((3,), IGNORE, device=DEVICE)  # rows, but none that count
+    x = torch.randn(3, 4, device=DEVICE)
+    loss, dx, dw = run(linear_cross_entropy, [x, w, targets], 1.0, backend, reduction=reduction)
+    assert loss.isnan() if reduction == "mean" else (loss == 0).all()
+    assert (dx == 0).all()
+    assert (dw == 0).all()
 
 
 @linear_backends
@@ -341,6 +453,8 @@ def test_padding_reaches_nothing(reduction: str, padding: float, size: int, back
     options = {"reduction": reduction, "vocab_size": size, "chunk_rows": 3}
     loss, dx, dw = run(linear_cross_entropy, [x, w, targets], 0.3, backend, **options)
     torch.testing.assert_close([loss, dx, dw[:size]], want)
+    assert (dw[size:] == 0).all()
+    _, _, dw = run(linear_cross_entropy, [x, w, targets], math.inf, backend, **options)
     assert (dw[size:] == 0).all()
 
 
