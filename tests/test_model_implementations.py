@@ -1,0 +1,109 @@
+"""The whole model on every implementation in the table: the same training, one graph for torch.compile."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import pytest
+import torch
+import triton_interpreter
+from torch import Tensor
+
+from fastgpt import GPT, GPTConfig, ops
+
+triton_interpreter.request()
+
+STEPS = 20
+# Two heads and layers, a vocabulary that is padded, and a context that is no multiple of a tile.
+TINY = GPTConfig(vocab_size=65, block_size=12, n_layer=2, n_head=2, n_embd=32)
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+NAMES = sorted({row.name for row in ops.table() if row.missing(DEVICE) is None})
+implementations = pytest.mark.parametrize("name", NAMES)
+
+
+@pytest.fixture(autouse=True)
+def same_start() -> Iterator[None]:
+    triton_interpreter.repair()
+    with ops.use():
+        yield
+
+
+def model(dropout: float = 0.0, dtype: torch.dtype = torch.float32) -> GPT:
+    torch.manual_seed(0)
+    return GPT(dataclasses.replace(TINY, dropout=dropout)).to(DEVICE, dtype)
+
+
+def batch(step: int = 0) -> tuple[Tensor, Tensor]:
+    """Tokens to learn: each is the one before plus the sequence's stride. Some targets are ignored."""
+    generator = torch.Generator().manual_seed(step)
+    start, stride = torch.randint(65, (2, 2, 1), generator=generator)
+    text = (start + stride * torch.arange(TINY.block_size + 1)) % 65
+    x, y = text[:, :-1].clone(), text[:, 1:].clone()
+    y[0, :2] = -100
+    return x.to(DEVICE), y.to(DEVICE)
+
+
+def train(gpt: GPT, steps: int = STEPS) -> Tensor:
+    """The losses of steps that alternate between the loss with logits and the one that never holds them."""
+    optimizer = torch.optim.AdamW(gpt.parameters(), lr=3e-3, weight_decay=0.1)
+    losses = []
+    torch.manual_seed(1)
+    for step in range(steps):
+        loss = gpt(*batch(step % 4), return_logits=step % 2 == 0)[1]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach().double().cpu())
+    return torch.stack(losses)
+
+
+def test_triton_has_every_operation_of_the_model() -> None:
+    """`use("triton")` leaves an operation without such a row at its old choice, unnoticed."""
+    rows = {row.operation for row in ops.table() if row.name == "triton"}
+    assert rows >= {row.operation for row in ops.table() if row.name == "eager"}
+
+
+@implementations
+def test_same_losses(name: str) -> None:
+    """As far from the float64 run as eager fp32 is, up to a factor of two; the floor is an ulp a step."""
+    with ops.use("eager"):
+        oracle, eager = train(model(dtype=torch.float64)), train(model())
+    with ops.use(name):
+        actual = train(model())
+        again = train(model(), steps=3)
+    assert torch.equal(actual[:3], again)
+    assert actual[-4:].mean() < actual[:4].mean() - 0.5
+    for norm in (2, torch.inf):
+        error, theirs, size = (
+            torch.linalg.vector_norm(x, norm) for x in (actual - oracle, eager - oracle, oracle)
+        )
+        assert error <= 2 * theirs + STEPS * torch.finfo(torch.float32).eps * size
+
+
+@implementations
+def test_dropout(name: str) -> None:
+    """It learns, repeats bit for bit from the same seed, and differs from the run without dropout."""
+    with ops.use(name):
+        losses = train(model(dropout=0.1))
+        assert losses.isfinite().all()
+        assert losses[-4:].mean() < losses[:4].mean() - 0.5
+        assert torch.equal(train(model(dropout=0.1), steps=3), losses[:3])
+        assert train(model(), steps=1) != losses[:1]
+
+
+@pytest.mark.parametrize("return_logits", [True, False], ids=["logits", "loss-only"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@implementations
+def test_one_graph(name: str, dropout: float, return_logits: bool) -> None:
+    """fullgraph=True raises at a graph break; forward and backward give what they give uncompiled."""
+    gpt = model(dropout)
+    torch._dynamo.reset()
+    with ops.use(name):
+        compiled = torch.compile(gpt, fullgraph=True, backend="aot_eager")
+        results = []
+        for call in (gpt, compiled):
+            torch.manual_seed(2)
+            loss = call(*batch(), return_logits=return_logits)[1]
+            results.append([loss.detach(), *torch.autograd.grad(loss, list(gpt.parameters()))])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
