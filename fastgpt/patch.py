@@ -12,7 +12,7 @@ What it leaves to Hugging Face's own code:
 
 - attention with a padding mask (Hugging Face drops a mask of ones itself), with a KV cache that holds tokens
   or is not a plain DynamicCache, across to an encoder, or with attn_implementation "eager" (which is what
-  output_attentions=True takes) or "flex_attention", where masks are never dropped;
+  output_attentions=True takes) or "flex_attention", which always get a mask;
 - blocks under gradient checkpointing, as a whole: the modules in them are patched all the same;
 - an MLP whose activation is not a GELU, the product of a c_fc that is not a Conv1D (LoRA's, say), and a
   loss_function that was set.
@@ -42,7 +42,6 @@ _GELUS = {
     "gelu_python_tanh": "tanh",
     "gelu_pytorch_tanh": "tanh",
 }
-_NEEDS_MASK = ("eager", "flex_attention")  # these get a causal mask even where there is nothing else to mask
 _STATE = "_fastgpt_patched"
 
 
@@ -165,8 +164,7 @@ def _plainly_causal(self: Any, cache: Any, options: dict[str, Any]) -> bool:
 
     absent = ("attention_mask", "encoder_hidden_states", "head_mask")
     return (
-        self.config._attn_implementation not in _NEEDS_MASK
-        and all(options.get(name) is None for name in absent)
+        all(options.get(name) is None for name in absent)
         and not options.get("output_attentions")
         and not self.is_cross_attention
         and getattr(self.config, "is_causal", True)

@@ -372,3 +372,19 @@ def test_without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
     with pytest.raises(InputError, match=r"needs transformers: pip install 'fastgpt\[hf\]'"):
         fastgpt.patch_gpt2(torch.nn.Linear(2, 2))
+
+
+MUTANTS = {
+    "fastgpt/patch.py": [
+        ("all(options.get(name) is None for name in absent)", "True"),
+        ("cache.get_seq_length(self.layer_idx) == 0", "True"),
+        ("cache.update(k, v, self.layer_idx)", "pass"),
+        ("self.attn_dropout.p if self.training else 0.0", "0.0"),
+        ('scale=getattr(self, "scaling", None)', "scale=None"),
+        ("eps=ln.eps", "eps=1e-5"),
+        ("value=ignore_index)[..., 1:]", "value=ignore_index)[..., :-1]"),
+        ("        del module.forward", "        pass"),
+        ("        del model._loss_function", "        pass"),
+        ("self.gradient_checkpointing and self.training", "False"),
+    ]
+}

@@ -240,3 +240,24 @@ X, W, B = torch.randn(2, 4), torch.randn(3, 4), torch.randn(3)
 def test_bad_input(call: Callable[..., Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         call(lambda *args: linear_gelu(*args, backend="triton"))
+
+
+MUTANTS = {
+    "kernels/linear_gelu.py": [
+        ("tl.minimum(tiles_m - group * GROUP, GROUP)", "GROUP"),
+        ("WHOLE=K % c.k == 0", "WHOLE=True"),
+        ("mask = row_in & (cols < N)", "mask = row_in & (cols <= N)"),
+        ("rows < M - first_row, cols < N - first_col", "rows <= M - first_row, cols < N - first_col"),
+        ("row_in, N - HALF, TANH)", "row_in, N, TANH)"),
+        ("            b_ptr += HALF", "            b_ptr += 0"),
+        ("tl.store(h_ptr + rows + cols, h, mask)", "tl.store(h_ptr + rows + cols, h * gate(h, TANH), mask)"),
+        ("h = tl.dot(x, w, h, ", "h = tl.dot(x, w, tl.zeros_like(h), "),
+        ("x_ptr += BLOCK_K", "x_ptr += BLOCK_K - 1"),
+        ("enabled=False", "enabled=True"),
+        ("if 1 not in weight.stride():", "if True:"),
+    ],
+    "fastgpt/ops/gelu.py": [
+        ("save = torch.is_grad_enabled() and any(recorded)", "save = True"),
+        ("need_dx, need_dw = ctx.needs_input_grad[:2]", "need_dw, need_dx = ctx.needs_input_grad[:2]"),
+    ],
+}
