@@ -44,36 +44,42 @@ class Config(NamedTuple):
 # Memory-bound: bytes in flight count (see layer_norm.py). One 16-byte load of bf16 a thread at full occupancy
 # is 32 KB an SM, two on the B200; a tile of several rows loads its bias once.
 FORWARD = {80: Config(2048, 8), 90: Config(2048, 8), 100: Config(4096, 16), 120: Config(2048, 8)}
-# x, dy and the sums of db are 16 registers each: four programs of 8 warps fit an SM, 64 KB in flight.
-BACKWARD = dict.fromkeys(FORWARD, Config(4096, 16, programs_per_sm=4))
+# x, dy and the sums of db are 16 registers each: four programs of 8 warps with 64 registers fit an SM, 64 KB in
+# flight. sm_100 takes 66; programs that do not fit would wait for the others to end.
+FOUR, THREE = (Config(4096, 16, programs_per_sm=n) for n in (4, 3))
+BACKWARD = {80: FOUR, 90: FOUR, 100: THREE, 120: FOUR}
 
 
 @triton.jit
 def gate(h, TANH: tl.constexpr):
     """s, by which gelu multiplies h (fp32)."""
-    K: tl.constexpr = 0.7978845608028654  # sqrt(2 / pi)
-    A: tl.constexpr = 0.044715
     if TANH:
-        s = 1.0 / (1.0 + tl.exp(h * (1.0 + h * h * A) * (-2.0 * K)))
+        s = 1.0 / (1.0 + tl.exp2(-_twice_u(h)))
     else:
         s = 0.5 + 0.5 * tl.erf(h * 0.7071067811865476)
     return s
 
 
 @triton.jit
+def _twice_u(h):
+    """2 u / ln 2, for exp2: three instructions, of which a multiply-add."""
+    K: tl.constexpr = 2 * 0.7978845608028654 * 1.4426950408889634  # 2 sqrt(2 / pi) / ln 2
+    return h * tl.fma(h * h, K * 0.044715, K)
+
+
+@triton.jit
 def slope(h, TANH: tl.constexpr):
     """The derivative of gelu at h (fp32)."""
-    K: tl.constexpr = 0.7978845608028654  # sqrt(2 / pi)
-    A: tl.constexpr = 0.044715
     if TANH:
-        u = h * (1.0 + h * h * A) * (2.0 * K)
-        e = tl.exp(-tl.abs(u))
+        K: tl.constexpr = 2 * 0.7978845608028654  # 2 sqrt(2 / pi)
+        u = _twice_u(h)
+        e = tl.exp2(-tl.abs(u))
         r = 1.0 / (1.0 + e)
         s = tl.where(u >= 0.0, r, e * r)
         near = tl.minimum(tl.maximum(h, -20.0), 20.0)  # beyond, e is 0, which h^2 = inf would spoil
-        d = s + near * (1.0 + near * near * (3.0 * A)) * (e * r * r) * (2.0 * K)  # s (1 - s) without 1 - s
+        d = tl.fma(near * tl.fma(near * near, K * (3 * 0.044715), K), e * r * r, s)  # s (1 - s) without 1 - s
     else:
-        d = gate(h, TANH) + h * tl.exp(h * h * -0.5) * 0.3989422804014327  # 1 / sqrt(2 pi)
+        d = gate(h, TANH) + h * tl.exp2(h * h * -0.7213475204444817) * 0.3989422804014327
     return d
 
 

@@ -17,7 +17,7 @@ import triton.language as tl
 from fastgpt.kernels.launch import launch
 from torch import Tensor
 
-BLOCK_P = 64
+BLOCK = 2048  # partial sums a program adds at a time, 16 a thread
 
 
 @triton.jit
@@ -50,7 +50,7 @@ def sum_partials(partials: Tensor, first: Tensor, second: Tensor | None = None) 
         second,
         programs,
         width,
-        BLOCK_P=BLOCK_P,
+        BLOCK_P=BLOCK // block,
         BLOCK_C=block,
         num_warps=4,
     )
