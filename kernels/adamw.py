@@ -29,6 +29,7 @@ words, one for each of the PARTS of a chunk.
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -286,16 +287,26 @@ def _build(
         rows[:, column] = torch.tensor(values)
     rows[:, NUMEL.value] = torch.tensor(numels)
     rows[:, GROUP.value] = torch.tensor(groups)
-    counts = (rows[:, NUMEL.value] + CHUNK - 1) // CHUNK
-    which = torch.repeat_interleave(counts)
-    within = torch.arange(len(which)) - (counts.cumsum(0) - counts)[which]
-    chunks = torch.stack([which, within], 1)
     aligned = all(
         value % ALIGNMENT == 0 for c, values in addresses.items() if c != STEP.value for value in values
     )
-    if device.type == "cuda":  # pinned, so that the copy is in the stream and the host does not wait for it
-        rows, chunks = rows.pin_memory(), chunks.pin_memory()
-    return Table(rows.to(device, non_blocking=True), chunks.to(device, non_blocking=True), aligned)
+    return Table(_send(rows, device), _chunks(tuple(numels), device), aligned)
+
+
+@functools.lru_cache(maxsize=16)
+def _chunks(numels: tuple[int, ...], device: torch.device) -> Tensor:
+    """The list of chunks, which stays when gradients move."""
+    counts = (torch.tensor(numels, dtype=torch.int64) + CHUNK - 1) // CHUNK
+    which = torch.repeat_interleave(counts)
+    within = torch.arange(len(which)) - (counts.cumsum(0) - counts)[which]
+    return _send(torch.stack([which, within], 1), device)
+
+
+def _send(tensor: Tensor, device: torch.device) -> Tensor:
+    """To the device, from pinned memory: then the copy is in the stream and the host does not wait for it."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def _dense(tensor: Tensor) -> bool:

@@ -16,6 +16,23 @@ from fastgpt import ops
 from fastgpt.errors import InputError
 from fastgpt.optim import AdamW
 
+MUTANTS = {
+    "fastgpt/optim.py": [
+        ("(param.device, param.dtype, grad.dtype)", "(param.device,)"),
+        ("if written != rows:", "if not written:"),  # a rate of long ago
+        ("elif self._versions.get(param) != param._version:", "elif False:"),
+        ("                batch.groups.append(number)", "                batch.groups.append(0)"),
+        ('names.append("master")', "pass"),
+        ("norm if grad_scale is None else norm / grad_scale", "norm"),
+        ("found_inf=_on(device, found_inf)", "found_inf=None"),
+        ("state[name].copy_(saved[name])", "state[name].copy_(saved[name].to(param.dtype))"),
+        ('options = ("max_grad_norm", ', "options = ("),
+    ],
+    "fastgpt/ops/adamw.py": [
+        ("        torch.autograd.graph.increment_version([*params, *copies])", "        pass"),
+        ("(bits + torch.randint_like(bits, 1 << 16))", "bits"),
+    ],
+}
 triton_interpreter.request()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ["eager", *(["triton"] if importlib.util.find_spec("triton") else [])]

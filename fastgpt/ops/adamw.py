@@ -229,9 +229,8 @@ def adamw_(
         stochastic_rounding=stochastic_rounding,
     )
     if not torch.compiler.is_compiling():  # which sees the mutation in the schema
-        torch.autograd.graph.increment_version(
-            [*params, *copies]
-        )  # a backward that still needs them must fail
+        # A backward that still needs the old values must fail.
+        torch.autograd.graph.increment_version([*params, *copies])
 
 
 def _check_list(name: str, tensors: Sequence[Tensor], params: Sequence[Tensor]) -> None:

@@ -16,6 +16,29 @@ from fastgpt.errors import InputError
 from fastgpt.ops import adamw_, grad_norm
 from fastgpt.ops.adamw import cost, norm_cost
 
+MUTANTS = {
+    "kernels/adamw.py": [
+        ("1.0 - tl.exp(t * tl.log(beta2))", "1.0 - tl.exp((t * tl.log(beta2)).to(tl.float32))"),
+        ("1.0 - tl.exp(t * tl.log(beta1))", "1.0"),
+        ("    p -= step_size", "    p = p / decay - step_size"),
+        ("m += (g - m) * weight1", "m += g * weight1"),
+        ("v = v * beta2 + g * g * weight2", "v = v * beta2 + g * weight2"),
+        ("root) + eps", "root + eps)"),  # eps under the root of the correction
+        ("tl.where(clip > 1.0, 1.0, clip)", "clip"),
+        ("        if tl.load(found_inf_ptr) != 0.0:\n            return", "        pass"),
+        ("step += tl.where(tl.load(found_inf_ptr) == 0.0, 1.0, 0.0)", "step += 1.0"),
+        ("elif first < numel:\n            _update", "elif first + 1 < numel:\n            _update"),
+        ("at, at < numel, coefficients", "at, at <= numel, coefficients"),
+        ("first = (chunk * PARTS + part) * BLOCK\n        at = first + lanes",
+         "first = (chunk * PARTS + part // 2) * BLOCK\n        at = first + lanes"),
+        ("(bits & 0xFFFF)) >> 16", "(bits & 0x7FFF)) >> 16"),  # rounds up half as often
+        ("tl.where(p == p, rounded, p.to(tl.bfloat16))", "rounded"),
+        ("            tl.store(copy_ptr + at, p, mask)", "            tl.store(copy_ptr + at, m, mask)"),
+        ("tl.load(g_ptr + at, at < numel, other=0.0)", "tl.load(g_ptr + at, at < numel - 1, other=0.0)"),
+        ("if key in _tables:", "if False:"),
+        ("tl.store(out_ptr, tl.sqrt(tl.sum(sums, 0)))", "tl.store(out_ptr, tl.sum(sums, 0))"),
+    ]
+}  # fmt: skip
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CHUNK, BLOCK = kernels.CHUNK, kernels.BLOCK
 HYPER = [[1e-2, 0.9, 0.999, 1e-8, 0.1], [3e-3, 0.0, 0.95, 1e-6, 0.0]]  # beta1 = 0 too

@@ -13,6 +13,19 @@ from torch import Tensor
 
 from fastgpt.ops import dropout_add
 
+MUTANTS = {
+    "kernels/dropout.py": [  # p off by 0.001; another scale in backward; two quarters with one word; ...
+        ("uint32, bitcast=True) >= threshold", "uint32, bitcast=True) > threshold + 4000000"),
+        ("threshold.to(tl.uint32), scale, Q)\n    first = tl.program_id(0).to(tl.int64) * (4 * Q)\n"
+        "    for k in tl.static_range(4):\n        at = first + k * Q + tl.arange(0, Q)\n        dy",
+         "threshold.to(tl.uint32), scale * scale, Q)\n    first = tl.program_id(0).to(tl.int64) * (4 * Q)\n"
+        "    for k in tl.static_range(4):\n        at = first + k * Q + tl.arange(0, Q)\n        dy"),
+        ("tl.where(_keep(r3, threshold)", "tl.where(_keep(r2, threshold)"),
+        ("j * 0 + tl.program_id(0), j * 0", "j * 0, j * 0"),  # every block the same mask
+        ("z[k] * x + residual, at < N)", "z[k] * x + residual, at < N - 1)"),
+    ],
+    "fastgpt/ops/dropout.py": [("dy.to(residual_dtype)", "dy")],
+}  # fmt: skip
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Q = kernels.Q
 

@@ -10,6 +10,22 @@ from torch import Tensor
 
 from fastgpt.ops import embedding
 
+MUTANTS = {
+    "kernels/embedding.py": [
+        ("start + rows % T", "rows % T"),
+        ("((within == 0) | (before != token))", "(before != token)"),  # a chunk starts no part
+        ("(before != token) & (after != token)", "before != token"),  # a run that leaves is taken for whole
+        ("places = within + tl.arange(0, CHUNK)", "places = within + tl.arange(0, CHUNK // 2)"),
+        ("tl.where(within == 0, 0, 1)", "0"),  # both partial sums in one place
+        ("tl.where(whole, 0, 1)", "1"),
+        ("start + tl.sum(sums, 0)", "tl.sum(sums, 0)"),  # the part in the chunk where a run begins
+        ("more = tl.sum(same.to(tl.int32), 0) == ROWS", "more = False"),
+        ("rows = tl.load(order_ptr + i + parts", "rows = tl.load(order_ptr + i + parts * 0"),
+        ("mask = (b < B)[:, None] & col_in", "mask = (b < B - 1)[:, None] & col_in"),
+        ("        return  # it began in a chunk before", "        pass"),
+        ("(idx < 0) | (idx >= vocab_size)", "(idx < 0) | (idx > vocab_size)", "tests/ops/test_embedding.py"),
+    ]
+}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CHUNK, GROUP = kernels.CHUNK, kernels.GROUP
 
