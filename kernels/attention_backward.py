@@ -49,7 +49,7 @@ _QUERIES = {64: Config(128, 64, 8, 2), 128: Config(128, 32, 8, 2), 256: Config(3
 _KEYS = {64: Config(128, 64, 8, 2), 128: Config(64, 32, 8, 2), 256: Config(32, 32, 8, 1)}
 QUERIES_HALVES: Table = dict.fromkeys(FAMILIES, _QUERIES)
 KEYS_HALVES: Table = dict.fromkeys(FAMILIES, _KEYS)
-QUERIES_FP32 = {64: Config(32, 32, 4, 1), 128: Config(16, 32, 8, 1), 256: Config(16, 16, 8, 1)}
+QUERIES_FP32 = {64: Config(32, 32, 8, 1), 128: Config(16, 32, 8, 1), 256: Config(16, 16, 8, 1)}
 KEYS_FP32 = {64: Config(32, 32, 4, 1), 128: Config(16, 32, 8, 1), 256: Config(16, 16, 8, 1)}
 
 
@@ -352,7 +352,8 @@ def attention_backward(
     inputs = *strides(q), *strides(k), *strides(v)
     sizes = H, Tq, Tk, window if windowed else Tk, D**-0.5 if scale is None else scale, dropout_p
     constants = {"D": D, "BLOCK_D": block_d(D), "WINDOWED": windowed}
-    config = choose(QUERIES_HALVES, QUERIES_FP32, q, dropout=seed is not None)
+    dropout = seed is not None
+    config = choose(QUERIES_HALVES, QUERIES_FP32, q, dropout=dropout, half_step=windowed and dropout)
     launch(
         _attention_backward_queries,
         (B * H * triton.cdiv(Tq, config.rows),),
@@ -363,9 +364,7 @@ def attention_backward(
         num_warps=config.warps,
         num_stages=config.stages,
     )
-    config = choose(KEYS_HALVES, KEYS_FP32, q, dropout=seed is not None)
-    if windowed:  # the loop over the window's edge holds k, v, dk and dv as well: room for half a step
-        config = config._replace(step=max(config.step // 2, 16))
+    config = choose(KEYS_HALVES, KEYS_FP32, q, dropout=dropout, half_step=windowed)
     launch(
         _attention_backward_keys,
         (B * H * triton.cdiv(Tk, config.rows),),

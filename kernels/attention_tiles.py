@@ -132,12 +132,17 @@ def block_d(width: int) -> int:
 Table = dict[int, dict[int, Config]]
 
 
-def choose(halves: Table, fp32: dict[int, Config], x: Tensor, *, dropout: bool) -> Config:
+def choose(
+    halves: Table, fp32: dict[int, Config], x: Tensor, *, dropout: bool, half_step: bool = False
+) -> Config:
     """The launch of a kernel for the dtype and the head size of x on its chip.
 
-    Dropout gets half the rows: drawing its numbers takes about as many registers as the scores themselves.
+    Dropout gets half the rows: drawing its numbers takes about as many registers as the scores themselves. So
+    does a window get half a step where its loop, the third, would spill.
     """
     table = fp32 if x.dtype == torch.float32 else halves[chip(x.device).family]
     width = block_d(x.shape[-1])
     config = table[min(limit for limit in table if width <= limit)]
-    return config._replace(rows=max(config.rows // 2, 16)) if dropout else config
+    if dropout:
+        config = config._replace(rows=max(config.rows // 2, 16))
+    return config._replace(step=max(config.step // 2, 16)) if half_step else config
