@@ -44,8 +44,8 @@ class Config(NamedTuple):
 # Memory-bound: bytes in flight count (see layer_norm.py). One 16-byte load of bf16 a thread at full occupancy
 # is 32 KB an SM, two on the B200; a tile of several rows loads its bias once.
 FORWARD = {80: Config(2048, 8), 90: Config(2048, 8), 100: Config(4096, 16), 120: Config(2048, 8)}
-# x, dy and the sums of db are 16 registers each: four programs of 8 warps with 64 registers fit an SM, 64 KB in
-# flight. sm_100 takes 66; programs that do not fit would wait for the others to end.
+# x, dy and the sums of db are 16 registers each: four programs of 8 warps with 64 registers fit an SM, 64 KB
+# in flight. sm_100 takes 66; programs that do not fit would wait for the others to end.
 FOUR, THREE = (Config(4096, 16, programs_per_sm=n) for n in (4, 3))
 BACKWARD = {80: FOUR, 90: FOUR, 100: THREE, 120: FOUR}
 

@@ -38,6 +38,11 @@ class Operator:
     arguments with any strides and return contiguous tensors, none of which shares memory with another or with
     an argument. No operator has a second derivative: its formula raises NotImplementedError.
 
+    Autocast does not touch operators: kernels take mixed dtypes, compute in fp32, and write the dtype of x, or
+    what it and the other addend promote to. On CUDA, PyTorch's autocast casts to fp32 for layer_norm and returns
+    that; here bf16 x gives the same fp32 arithmetic, rounded to bf16, which is what the matrix product after it
+    would cast to.
+
     An operation without a gradient leaves out `backward`, `fake_backward`, `save` and `gradients`.
     """
 
