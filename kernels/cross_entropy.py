@@ -38,17 +38,23 @@ from torch import Tensor
 
 class Config(NamedTuple):
     columns: int  # of a block
-    registers: int | None = None  # a thread's limit; None is the compiler's choice
+    registers: int | None = None  # a thread's limit for 2-byte logits; None is the compiler's choice
 
 
 # 16 warps of 16 elements a thread: two 16-byte loads of bf16 each, 16 KB in flight for a program. The
-# compiler takes about 61 registers, with which two programs fit an SM: 32 KB, more than latency x bandwidth
+# compiler takes 51 to 64 registers, with which two programs fit an SM: 32 KB, more than latency x bandwidth
 # asks of an A100 (13 KB) or H100 (18), and rows of 22 and 26 MB at a time, which their 40 and 50 MB of L2
 # hold until the second look. B200 asks for 38 KB and holds 126 MB: 40 registers, which it compiles to without
 # spills, make room for a third program.
 LAUNCH = {80: Config(8192), 90: Config(8192), 100: Config(8192, registers=40), 120: Config(8192)}
 PER_THREAD = 16
 SUM_BLOCK, SUM_WARPS = 4096, 8  # rows at a time of the two sums over rows
+
+
+@triton.jit
+def _exp(x):
+    """exp, with 0 for results under 1e-38: tl.exp spends three more instructions on those."""
+    return tl.exp2(x * 1.4426950408889634)
 
 
 @triton.jit
@@ -73,7 +79,7 @@ def _add_block(row_ptr, cols, V, S, shift, top, total, excess, SMOOTH: tl.conste
     """Take a block into each lane's maximum, sum of exponentials and, for SMOOTH, sum of l - shift."""
     x = _load(row_ptr, cols, V, S, MASKED)
     greater = tl.maximum(top, tl.max(x, 1))
-    total = total * tl.exp(top - greater) + tl.sum(tl.exp(x - greater[:, None]), 1)
+    total = total * _exp(top - greater) + tl.sum(_exp(x - greater[:, None]), 1)
     if SMOOTH:
         distance = x - shift
         if MASKED:
@@ -84,12 +90,14 @@ def _add_block(row_ptr, cols, V, S, shift, top, total, excess, SMOOTH: tl.conste
 
 @triton.jit
 def _gradient(
-    row_ptr, cols, V, S, y, m, scale, at_target, everywhere, SMOOTH: tl.constexpr, MASKED: tl.constexpr
+    row_ptr, start, cols, V, S, y, m, scale, at_y, everywhere, SMOOTH: tl.constexpr, MASKED: tl.constexpr
 ):
-    dl = tl.exp(_load(row_ptr, cols, V, S, MASKED) - m) * scale
+    dl = _exp(_load(row_ptr, cols, V, S, MASKED) - m) * scale
     if SMOOTH:
         dl -= everywhere
-    return tl.where(cols == y, at_target, dl)
+    if (y >= start) & (y < start + cols.shape[0] * cols.shape[1]):  # one block of the row
+        dl = tl.where(cols == y, at_y, dl)
+    return dl
 
 
 @triton.jit
@@ -148,7 +156,7 @@ def _row(
         cols = _columns(start, LANES, GROUP)
         top, total, excess = _add_block(row_ptr, cols, V, S, shift, top, total, excess, SMOOTH, True)
     m = tl.max(top, 0)
-    t = tl.sum(total * tl.exp(top - m), 0)
+    t = tl.sum(total * _exp(top - m), 0)
     log_t = tl.log(t)
     lse = m + log_t
     if loss_ptr is not None:
@@ -163,16 +171,17 @@ def _row(
         scale = tl.where(known, g * (1.0 + 2.0 * z_loss * lse) / t, float("nan"))
         everywhere = g * label_smoothing / S
         # p - 1 before the rest: what is left when they cancel is exact, and at V = 1 it is 0.
-        p_y = tl.exp(l_y - m) / t
-        at_target = g * ((p_y - 1.0) + label_smoothing + p_y * (2.0 * z_loss * lse)) - everywhere
-        target = y.to(tl.int32)
+        p_y = _exp(l_y - m) / t
+        at_y = g * ((p_y - 1.0) + label_smoothing + p_y * (2.0 * z_loss * lse)) - everywhere
+        y = y.to(tl.int32)
         for start in range(full, V, BLOCK):
             cols = _columns(start, LANES, GROUP)
-            dl = _gradient(row_ptr, cols, V, S, target, m, scale, at_target, everywhere, SMOOTH, True)
+            dl = _gradient(row_ptr, start, cols, V, S, y, m, scale, at_y, everywhere, SMOOTH, True)
             tl.store(drow_ptr + cols, tl.where(cols < S, dl, 0.0), cols < V)
         for number in range(1, S // BLOCK + 1):
-            cols = _columns(full - number * BLOCK, LANES, GROUP)
-            dl = _gradient(row_ptr, cols, V, S, target, m, scale, at_target, everywhere, SMOOTH, False)
+            start = full - number * BLOCK
+            cols = _columns(start, LANES, GROUP)
+            dl = _gradient(row_ptr, start, cols, V, S, y, m, scale, at_y, everywhere, SMOOTH, False)
             tl.store(drow_ptr + cols, dl)
 
 
@@ -261,7 +270,7 @@ def loss_rows(
         LANES=block // group,
         GROUP=group,
         num_warps=max(block // (32 * PER_THREAD), 1),
-        maxnreg=config.registers,
+        maxnreg=config.registers if group == 8 else None,  # fp32 has twice the bytes in flight, and spills
     )
 
 
