@@ -38,10 +38,9 @@ class Operator:
     arguments with any strides and return contiguous tensors, none of which shares memory with another or with
     an argument. No operator has a second derivative: its formula raises NotImplementedError.
 
-    Autocast does not touch operators: kernels take mixed dtypes, compute in fp32, and write the dtype of x, or
-    what it and the other addend promote to. On CUDA, PyTorch's autocast casts to fp32 for layer_norm and returns
-    that; here bf16 x gives the same fp32 arithmetic, rounded to bf16, which is what the matrix product after it
-    would cast to.
+    Autocast reaches an operator only where its `call` casts. Kernels take mixed dtypes, compute in fp32, and
+    write the dtype of x, or what x and the other addend promote to. PyTorch's autocast has layer_norm return
+    fp32 on CUDA; here bf16 x gives that result rounded to bf16, to which the next matrix product would cast it.
 
     An operation without a gradient leaves out `backward`, `fake_backward`, `save` and `gradients`.
     """
