@@ -45,8 +45,8 @@ from torch import Tensor
 from fastgpt.errors import InputError
 
 # 4 warps x 8 elements: one 16-byte load a thread of bf16, two of fp32, 10 to 16 KB in flight a program. By
-# their registers an SM holds 9 programs, 5 with master weights and 3 with random rounding: 30 KB or more, enough
-# for all but a B200 (see layer_norm.py). Four parts share the loads that find the tensor, and a Philox.
+# their registers an SM holds 9 programs, 5 with master weights and 3 with random rounding: 30 KB or more,
+# enough but for a B200 (see layer_norm.py). Four parts share the loads that find the tensor, and a Philox.
 BLOCK, WARPS = 1024, 4
 PARTS = tl.constexpr(4)
 CHUNK = BLOCK * PARTS.value

@@ -193,6 +193,11 @@ def test_stochastic_rounding_keeps_nan_and_infinity() -> None:
     made["params"] = [torch.tensor([torch.inf, -torch.inf, torch.nan], device=DEVICE).bfloat16()]
     step(made, "triton", stochastic_rounding=True)
     assert str(made["params"][0].tolist()) == "[inf, -inf, nan]"
+    made = lists([300])
+    made["params"] = [p.bfloat16() for p in made["params"]]
+    made["grads"][0].view(torch.int32).fill_(0x7FFFFFFF)  # a GPU's own NaN: adding to it gives -0
+    step(made, "triton", stochastic_rounding=True)
+    assert made["params"][0].isnan().all()
 
 
 def test_stochastic_rounding_differs_between_calls_and_repeats_by_seed() -> None:
