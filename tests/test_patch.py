@@ -25,6 +25,8 @@ transformers = pytest.importorskip(
 
 NAMES = ["layer_norm", "add_layer_norm", "linear_gelu", "causal_attention_qkvpacked", "cross_entropy"]
 LAYERS = 2
+# Before 5.0 blocks have another interface, and a mask is built where there is neither mask nor cache.
+SINCE_5 = int(transformers.__version__.split(".")[0]) >= 5
 
 
 @pytest.fixture(autouse=True)
@@ -112,13 +114,14 @@ def test_equal_in_fp32(changes: dict[str, Any], calls: Counter[str]) -> None:
     assert not calls
     fastgpt.patch_gpt2(model)
     assert_equal(run(model), expected)
-    assert calls == {
-        "layer_norm": LAYERS + 1,  # ln_1 of each block, and ln_f
-        "add_layer_norm": LAYERS,
-        "linear_gelu": LAYERS,
-        "causal_attention_qkvpacked": LAYERS,
-        "cross_entropy": 1,
-    }
+    if SINCE_5:
+        assert calls == {
+            "layer_norm": LAYERS + 1,  # ln_1 of each block, and ln_f
+            "add_layer_norm": LAYERS,
+            "linear_gelu": LAYERS,
+            "causal_attention_qkvpacked": LAYERS,
+            "cross_entropy": 1,
+        }
 
 
 def test_bf16_is_within_twice_the_error_of_the_unpatched_model() -> None:
@@ -188,7 +191,7 @@ def test_masks(padding: str | None, implementation: str, calls: Counter[str]) ->
     expected = run(model, attention_mask=mask)
     fastgpt.patch_gpt2(model)
     assert_equal(run(model, attention_mask=mask), expected)
-    ours = implementation == "sdpa" and padding in (None, "ones")
+    ours = implementation == "sdpa" and (padding == "ones" or (padding is None and SINCE_5))
     assert calls["causal_attention_qkvpacked"] == (LAYERS if ours else 0)
     assert calls["linear_gelu"] == LAYERS
 
