@@ -40,7 +40,7 @@ class Operator:
 
     Autocast reaches an operator only where its `call` casts. Kernels take mixed dtypes, compute in fp32, and
     write the dtype of x, or what x and the other addend promote to. PyTorch's autocast has layer_norm return
-    fp32 on CUDA; here bf16 x gives that result rounded to bf16, to which the next matrix product would cast it.
+    fp32 on CUDA; here bf16 x gives that rounded to bf16, to which the next matrix product would cast it.
 
     An operation without a gradient leaves out `backward`, `fake_backward`, `save` and `gradients`.
     """
