@@ -10,7 +10,7 @@ from fastgpt.kernels.launch import Chip, capture, chip, launch, tile
 
 
 def test_capture() -> None:
-    """Launches go to the function, chosen for the chip it is for; an empty grid, an error on CUDA, is none."""
+    """Launches go to the function, chosen for its chip; an empty grid, an error on CUDA, is none."""
     seen: list[Any] = []
     before = chip(torch.device("cpu"))
     with capture(Chip(90, 132), lambda *call: seen.append(call)):
