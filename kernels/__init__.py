@@ -12,6 +12,6 @@ To add a kernel for the operation `foo`:
 4. `fastgpt/ops/foo.py`: `_call` (check_dtypes, then `kernels.forward(...)`), `_fake_forward`,
    `_fake_backward`, `_save`, `_gradients`, an `Operator` of them, `add_triton(FOO, "foo")`;
    tests/ops/test_table.py then runs it, and tests/kernels/test_foo.py adds what is special.
-5. `tests/mutants.py`: at least two ways to break it, and the tests that must notice.
+5. `MUTANTS` in that test file: at least two ways to break the kernel; `tests/mutants.py` sees that they fail.
 6. `docs/kernels/foo.md`: bytes, flops, tiling, registers, the computed limit, what was rejected.
 """
