@@ -38,11 +38,11 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from fastgpt.kernels.examples import Example, meta
-from fastgpt.kernels.launch import launch
 from torch import Tensor
 
 from fastgpt.errors import InputError
+from fastgpt.kernels.examples import Example, meta
+from fastgpt.kernels.launch import launch
 
 # 4 warps x 8 elements: one 16-byte load a thread of bf16, two of fp32, 10 to 16 KB in flight a program. By
 # their registers an SM holds 9 programs, 5 with master weights and 3 with random rounding: 30 KB or more,

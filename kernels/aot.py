@@ -21,12 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from fastgpt.kernels.examples import Example
-from fastgpt.kernels.launch import FAMILIES, Chip, capture
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
+
+from fastgpt.kernels.examples import Example
+from fastgpt.kernels.launch import FAMILIES, Chip, capture
 
 # The chip of each family that launches are chosen for: its SMs, and the shared memory a program can have.
 CHIPS = {80: (108, 163 << 10), 90: (132, 227 << 10), 100: (148, 227 << 10), 120: (170, 99 << 10)}

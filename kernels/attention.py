@@ -36,6 +36,8 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from fastgpt.kernels.attention_backward import attention_backward as attention_backward
 from fastgpt.kernels.attention_tiles import (
     LOG2E,
@@ -54,7 +56,6 @@ from fastgpt.kernels.attention_tiles import (
 )
 from fastgpt.kernels.examples import Example, meta
 from fastgpt.kernels.launch import chip, launch
-from torch import Tensor
 
 # Every size of GPT-2 has heads of 64. 128 queries are two warpgroups of 64 rows, what wgmma and tcgen05
 # multiply; on H100 two such programs fit an SM: one's softmax runs beside the other's products. On A100 4

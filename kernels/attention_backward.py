@@ -25,6 +25,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from fastgpt.kernels.attention_tiles import (
     LOG2E,
     PRECISION,
@@ -41,7 +43,6 @@ from fastgpt.kernels.attention_tiles import (
     strides,
 )
 from fastgpt.kernels.launch import FAMILIES, launch
-from torch import Tensor
 
 # 128 own rows and 64 of a step at GPT-2's 64; wider heads take half of either, since dk and dv (or dq, q and
 # do) grow with the width. At 256 nothing is left for a second stage.

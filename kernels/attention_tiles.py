@@ -10,8 +10,9 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from fastgpt.kernels.launch import chip
 from torch import Tensor
+
+from fastgpt.kernels.launch import chip
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # Products of fp32 tiles: each operand as a sum of two tf32 numbers, three products on the tensor cores, which

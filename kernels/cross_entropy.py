@@ -31,9 +31,10 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from fastgpt.kernels.examples import Example, meta
 from fastgpt.kernels.launch import chip, launch
-from torch import Tensor
 
 
 class Config(NamedTuple):

@@ -22,9 +22,10 @@ from functools import partial
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from fastgpt.kernels.examples import Example, meta
 from fastgpt.kernels.launch import launch
-from torch import Tensor
 
 # Q = 4 warps x 8 elements, a 16-byte load of bf16 a thread. It is part of what a mask is, so the same on all
 # chips. Of a block 4 KB are in flight at a time, and the 8 programs that fit an SM have 32 KB.

@@ -28,9 +28,10 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from fastgpt.kernels.examples import MEMORY_BOUND, Example, meta
 from fastgpt.kernels.launch import chip, launch, tile
-from torch import Tensor
 
 
 class Config(NamedTuple):

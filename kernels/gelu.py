@@ -27,10 +27,11 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from fastgpt.kernels.examples import MEMORY_BOUND, Example, meta
 from fastgpt.kernels.launch import chip, launch, tile
 from fastgpt.kernels.partials import sum_partials
-from torch import Tensor
 
 COLUMNS = 1024  # of a tile at most: 3 tiles in GPT-2's 3072, rows of 2 KB in bf16
 

@@ -29,10 +29,11 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from fastgpt.kernels.examples import MEMORY_BOUND, Example, meta
 from fastgpt.kernels.launch import chip, launch, tile
 from fastgpt.kernels.partials import sum_partials
-from torch import Tensor
 
 WIDEST = 8192  # 16 warps hold 16 elements a thread of such a row, without spills in backward
 

@@ -29,10 +29,11 @@ from functools import partial
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from fastgpt.kernels.cross_entropy import check_targets, count_rows, loss_rows, sum_losses
 from fastgpt.kernels.examples import MEMORY_BOUND, Example, meta
 from fastgpt.kernels.launch import launch
-from torch import Tensor
 
 PADDING = 64  # columns: rows of logits then begin at a cache line's start, as matrix products want them
 BLOCK, WARPS = 2048, 4  # 16 elements a thread: two 16-byte loads of bf16, four of fp32

@@ -24,10 +24,11 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from fastgpt.kernels.examples import Example, meta
 from fastgpt.kernels.gelu import bias_gelu_backward, gate, gelu_backward
 from fastgpt.kernels.launch import chip, launch
-from torch import Tensor
 
 GROUP = 8  # tiles of rows: 8 x 16 of them are one wave of 128 tiles
 

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from fastgpt.kernels.launch import launch
 from torch import Tensor
+
+from fastgpt.kernels.launch import launch
 
 BLOCK = 2048  # partial sums a program adds at a time, 16 a thread
 

@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
+from torch import Tensor
+
 from fastgpt.kernels.examples import MEMORY_BOUND, Example, meta
 from fastgpt.kernels.layer_norm import norm_backward, norm_forward
-from torch import Tensor
 
 
 def rms_norm_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from fastgpt.kernels import adamw as kernels
 from ops.guard import guarded
 from ops.helpers import DTYPES, assert_accurate
 from torch import Tensor
 
 from fastgpt.errors import InputError
+from fastgpt.kernels import adamw as kernels
 from fastgpt.ops import adamw_, grad_norm
 from fastgpt.ops.adamw import cost, norm_cost
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from fastgpt.kernels import attention, attention_backward
 from ops.guard import guarded
 from ops.helpers import assert_accurate
 from torch import Tensor
@@ -20,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgpt import ops
 from fastgpt.errors import InputError
+from fastgpt.kernels import attention, attention_backward
 from fastgpt.ops.attention import reference
 
 device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -7,10 +7,10 @@ import math
 
 import pytest
 import torch
-from fastgpt.kernels import dropout as kernels
 from ops.helpers import DTYPES, assert_accurate, spread
 from torch import Tensor
 
+from fastgpt.kernels import dropout as kernels
 from fastgpt.ops import dropout_add
 
 MUTANTS = {

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fastgpt.kernels import embedding as kernels
 from ops.helpers import DTYPES, assert_accurate
 from torch import Tensor
 
+from fastgpt.kernels import embedding as kernels
 from fastgpt.ops import embedding
 
 MUTANTS = {

@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from fastgpt.kernels import gelu
-from fastgpt.kernels.launch import Chip
 from ops.guard import guarded
 from ops.helpers import assert_accurate
 from torch import Tensor
 
 from fastgpt import ops
+from fastgpt.kernels import gelu
+from fastgpt.kernels.launch import Chip
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 forms = pytest.mark.parametrize("approximate", ["tanh", "none"])

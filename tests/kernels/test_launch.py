@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from fastgpt.kernels.launch import Chip, capture, chip, launch, tile
 
 

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from fastgpt.kernels import layer_norm
-from fastgpt.kernels.launch import Chip
 from ops.guard import guarded
 from ops.helpers import assert_accurate
 from torch import Tensor
 
 from fastgpt import ops
+from fastgpt.kernels import layer_norm
+from fastgpt.kernels.launch import Chip
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 Norm = Callable[..., Any]

@@ -148,7 +148,7 @@ def _cases() -> list[Case]:
         _case("bias_gelu", "erf", ops.bias_gelu, (2, 5, 33), (33,), approximate="none"),
         _case("linear_gelu", "erf-no-bias", ops.linear_gelu, (2, 5, 33), (9, 33), approximate="none"),
     ]
-    # T: either side of a tile of 64 (one key, with gradients of exactly 0 for q and k, has a test of its own).
+    # T: either side of a tile of 64 (one key, where q and k have no gradient, has a test of its own).
     # Tq < Tk: decoding, chunked prefill. D: small, 64, no power of 2. A program per head is interpreted: few.
     for b, tq, tk, h, d, window in [
         (0, 3, 3, 2, 16, None),
