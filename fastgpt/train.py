@@ -378,7 +378,7 @@ def _announce(trainer: Trainer) -> None:
     config, data, model = trainer.config, trainer.data, trainer.config.model
     tokenizer, sequences = data.tokenizer, config.max_steps * config.batch_size
     train_tokens, val_tokens = (sum(map(len, shards)) for shards in (data.train, data.val))
-    epochs = sequences / trainer.loader.windows_per_epoch
+    epochs = trainer.loader.epoch_of(config.max_steps)
     lines = {
         "data": f"{config.corpus}: {train_tokens:,} training and {val_tokens:,} validation tokens "
         f"({tokenizer.name}, {tokenizer.vocab_size} in the vocabulary)",

@@ -20,7 +20,7 @@ from fastgpt.data.cache import cache_dir
 from fastgpt.data.corpora import Corpus, open_corpus
 from fastgpt.data.encode import Piece, cpus, cut, encode_all
 from fastgpt.data.shards import SPLITS, ShardWriter, is_token_folder
-from fastgpt.data.tokenizers import GPT2Tokenizer, Tokenizer, make_tokenizer, save_tokenizer
+from fastgpt.data.tokenizers import CharTokenizer, GPT2Tokenizer, Tokenizer, make_tokenizer, save_tokenizer
 from fastgpt.errors import InputError
 from fastgpt.files import atomic_write
 
@@ -99,7 +99,10 @@ def prepare(
 
 
 def _description(tokenizer: str | Tokenizer) -> str | dict[str, Any]:
-    return tokenizer if isinstance(tokenizer, str) else tokenizer.to_json()
+    """What the tokens depend on: the name, and the vocabulary where it is not always the same."""
+    if isinstance(tokenizer, str):
+        return tokenizer
+    return tokenizer.to_json() if isinstance(tokenizer, CharTokenizer) else tokenizer.name
 
 
 def _holds(folder: Path, record: dict[str, Any]) -> bool:

@@ -26,6 +26,7 @@ from fastgpt.data import (
     TokenDataset,
     cache_dir,
     encode,
+    make_tokenizer,
     open_corpus,
     prepare,
     prepared,
@@ -292,3 +293,11 @@ def test_the_record_says_where_tokens_come_from(tmp_path: Path) -> None:
     record = json.loads((tmp_path / "out" / "prepared.json").read_text())
     assert record["corpus"] == "mine"
     assert record["val_fraction"] == 0.1
+
+
+@pytest.mark.parametrize("name", ["gpt2", "byte"])
+def test_a_resumed_run_finds_the_tokens_of_the_first(tmp_path: Path, name: str) -> None:
+    """It comes with a tokenizer instead of a name; a large corpus must not be tokenized again for that."""
+    path = tmp_path / "text.txt"
+    path.write_text("some words, " * 100)
+    assert prepared(path, make_tokenizer(name, [])) == prepared(path, name)
