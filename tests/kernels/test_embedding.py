@@ -7,6 +7,7 @@ import torch
 from ops.helpers import DTYPES, assert_accurate
 from torch import Tensor
 
+from fastgpt.errors import InputError
 from fastgpt.kernels import embedding as kernels
 from fastgpt.ops import embedding
 
@@ -110,6 +111,15 @@ def test_mixed_dtypes(token_dtype: torch.dtype) -> None:
     for grad, other in zip(grads, wanted, strict=True):
         assert grad.dtype == other.dtype
         assert torch.equal(grad, other)  # small integers
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on CUDA it gives NaN")
+@pytest.mark.parametrize("token", [-1, 4])
+def test_a_token_out_of_range_is_an_error_on_a_cpu(token: int) -> None:
+    wt, wp = torch.ones(4, 3), torch.ones(2, 3)
+    embedding(torch.tensor([[0, 3]]), wt, wp, backend="triton")
+    with pytest.raises(InputError, match=f"{token}"):
+        embedding(torch.tensor([[0, token]]), wt, wp, backend="triton")
 
 
 def test_a_token_out_of_range_touches_nothing_else() -> None:
