@@ -240,10 +240,10 @@ class Trainer:
         self.seconds += elapsed
         improved = False
         if self._due(self.config.eval_every):
-            improved = self.evaluate() < self.best_val_loss
+            val_loss = self.evaluate()
+            improved = val_loss < self.best_val_loss
+            self.best_val_loss = min(self.best_val_loss, val_loss)
         log.log(self._row(loss.item(), norm.item(), (self.steps_done - first) / elapsed))
-        if improved and self.val_loss is not None:
-            self.best_val_loss = self.val_loss
         if improved or self._due(self.config.checkpoint_every):
             self.save()
         if self.val_loss is not None:

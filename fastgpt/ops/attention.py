@@ -16,6 +16,8 @@ Backward, with delta_i = sum_d do_id o_id:
     dq_id = scale * sum_j ds_ij k_jd
     dk_jd = scale * sum_i ds_ij q_id
 
+Kernels save lse in base 2, log2(e) times the one above, which they need not convert again.
+
 Tq == Tk is training; one query against a cache (Tq == 1) and chunked prefill (1 < Tq < Tk) are the same
 operation. `torch.nn.functional.scaled_dot_product_attention(is_causal=True)` aligns to the top left instead:
 the two agree only where Tq == Tk.
