@@ -1,13 +1,28 @@
-"""Files that are written whole or not at all, and verified."""
+"""Files that are written whole or not at all, and verified; and the cache folder."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+
+def cache_dir() -> Path:
+    """The folder for what can be made again: $FASTGPT_CACHE, or `fastgpt` in the platform's cache folder."""
+    own = os.environ.get("FASTGPT_CACHE")
+    if own:
+        return Path(own).expanduser()
+    if sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    elif os.name == "nt":
+        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "fastgpt"
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """From text to batches: corpora, tokenizers, token shards, and the deterministic loader."""
 
-from fastgpt.data.cache import DownloadError, cache_dir, download
+from fastgpt.data.cache import DownloadError, download
 from fastgpt.data.corpora import CORPORA, Corpus, Document, open_corpus
 from fastgpt.data.loader import Loader, ValidationSet, permute
 from fastgpt.data.prepare import prepare, prepared
@@ -33,7 +33,6 @@ __all__ = [
     "TokenDataset",
     "Tokenizer",
     "ValidationSet",
-    "cache_dir",
     "download",
     "find_shards",
     "is_token_folder",

@@ -1,10 +1,8 @@
-"""The cache folder, and downloads that never hang or end half done."""
+"""Downloads that never hang or end half done."""
 
 from __future__ import annotations
 
-import os
 import queue
-import sys
 import threading
 import urllib.error
 import urllib.request
@@ -20,20 +18,6 @@ CHUNK_BYTES = 16 * 1024
 
 class DownloadError(InputError):
     """A file could not be downloaded, or what came was not the expected file."""
-
-
-def cache_dir() -> Path:
-    """The folder for downloads and prepared tokens: $FASTGPT_CACHE, or `fastgpt` in the platform's cache."""
-    own = os.environ.get("FASTGPT_CACHE")
-    if own:
-        return Path(own).expanduser()
-    if sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    elif os.name == "nt":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "fastgpt"
 
 
 def download(url: str, path: str | Path, *, sha256: str, timeout: float = 10.0) -> Path:

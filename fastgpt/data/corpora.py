@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastgpt.data.cache import cache_dir, download
+from fastgpt.data.cache import download
 from fastgpt.errors import InputError
+from fastgpt.files import cache_dir
 
 CORPORA = ("shakespeare", "pydocs")
 # A folder is searched for prose and source code; data formats are left alone.

@@ -13,9 +13,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from fastgpt.data.cache import DownloadError, cache_dir, download
+from fastgpt.data.cache import DownloadError, download
 from fastgpt.errors import InputError
-from fastgpt.files import atomic_write, sha256_of
+from fastgpt.files import atomic_write, cache_dir, sha256_of
 
 # URL and SHA-256 as in tiktoken_ext/openai_public.py (`gpt2`).
 BASE_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"

@@ -16,13 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from fastgpt.data.cache import cache_dir
 from fastgpt.data.corpora import Corpus, open_corpus
 from fastgpt.data.encode import Piece, cpus, cut, encode_all
 from fastgpt.data.shards import SPLITS, ShardWriter, is_token_folder
 from fastgpt.data.tokenizers import CharTokenizer, GPT2Tokenizer, Tokenizer, make_tokenizer, save_tokenizer
 from fastgpt.errors import InputError
-from fastgpt.files import atomic_write
+from fastgpt.files import atomic_write, cache_dir
 
 # Fewer bytes are tokenized sooner than processes start (each imports torch along with this package).
 POOL_BYTES = 32 << 20

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fastgpt.data import DownloadError, cache_dir, download
+from fastgpt.data import DownloadError, download
 from fastgpt.errors import InputError
 
 CONTENT = bytes(range(256)) * 300  # several chunks
@@ -22,20 +21,6 @@ SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 def files(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.rglob("*") if path.is_file())
-
-
-def test_cache_dir_is_what_the_user_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("FASTGPT_CACHE", str(tmp_path / "mine"))
-    assert cache_dir() == tmp_path / "mine"
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="the XDG variables are Linux's")
-def test_cache_dir_follows_xdg(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv("FASTGPT_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_dir() == tmp_path / "fastgpt"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache_dir() == Path.home() / ".cache" / "fastgpt"
 
 
 class Handler(BaseHTTPRequestHandler):

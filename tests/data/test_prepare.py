@@ -24,7 +24,6 @@ from fastgpt.data import (
     Document,
     GPT2Tokenizer,
     TokenDataset,
-    cache_dir,
     encode,
     make_tokenizer,
     open_corpus,
@@ -32,6 +31,7 @@ from fastgpt.data import (
     prepared,
 )
 from fastgpt.errors import InputError
+from fastgpt.files import cache_dir
 
 prepare_module = sys.modules["fastgpt.data.prepare"]  # the package has a function of that name
 
