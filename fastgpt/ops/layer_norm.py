@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt.ops.checks import check_floating, check_shape, last_dimension
-from fastgpt.ops.library import Kernels, Operator, add_triton, check_dtypes
+from fastgpt.ops.library import Kernels, Operator, add_native, add_triton, check_dtypes
 from fastgpt.ops.registry import Cost, register, select
 
 
@@ -152,6 +152,8 @@ ADD_LAYER_NORM = Operator(
 )
 add_triton(LAYER_NORM, "layer_norm")
 add_triton(ADD_LAYER_NORM, "layer_norm")
+add_native(LAYER_NORM)
+add_native(ADD_LAYER_NORM)
 
 
 def layer_norm(

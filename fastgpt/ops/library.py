@@ -42,7 +42,8 @@ class Operator:
     write the dtype of x, or what x and the other addend promote to. PyTorch's autocast has layer_norm return
     fp32 on CUDA; here bf16 x gives that rounded to bf16, to which the next matrix product would cast it.
 
-    An operation without a gradient leaves out `backward`, `fake_backward`, `save` and `gradients`.
+    An operation without a gradient leaves out `backward`, `fake_backward`, `save` and `gradients`. Native kernels
+    have `save` and `gradients` in C++ (csrc/autograd), where a call costs microseconds.
     """
 
     name: str
@@ -68,6 +69,28 @@ def add_triton(operator: Operator, module: str) -> None:
                 _triton.impl(name, _lazy(f"fastgpt.kernels.{module}", name), key)
     kernels = _attach(_triton.ns, operator)
     register(operator.name, "triton", functools.partial(operator.call, kernels), triton_missing)
+
+
+def add_native(operator: Operator) -> None:
+    """Add the row `native`: the operators of `fastgpt._C`, whose C++ (csrc/) holds the derivative too."""
+    missing = functools.partial(native_missing, operator.name)
+    if _native_absent:
+        register(operator.name, "native", operator.call, missing)  # never called
+    else:
+        kernels = _fake("fastgpt_native", operator)
+        register(operator.name, "native", functools.partial(operator.call, kernels), missing)
+
+
+def native_missing(operation: str, device: torch.device) -> str | None:
+    """Why the native kernel of an operation cannot run on the device, or None when it can."""
+    if _native_absent or (operation, device.type) in _native_built:
+        return _native_absent
+    if device.type == "cuda":
+        return (
+            "the native kernels were built without CUDA: install fastgpt again with nvcc and a CUDA build of "
+            "torch at hand; FASTGPT_BUILD=cuda makes what is missing an error"
+        )
+    return "native kernels run on CPU and CUDA tensors"
 
 
 def triton_missing(device: torch.device) -> str | None:
@@ -103,15 +126,41 @@ def _lazy(module: str, name: str) -> Callable[..., Any]:
     return run
 
 
-def _attach(namespace: str, operator: Operator) -> Kernels:
-    """Give the operators of `namespace`, already defined, their fake functions and their derivative."""
+def _load_native() -> str | None:
+    """Load `fastgpt._C`, which registers its operators with PyTorch; why that cannot be done, or None."""
+    if importlib.util.find_spec("fastgpt._C") is None:
+        return (
+            "the native kernels were not built: install fastgpt again with a C++ compiler (g++ or clang++) at "
+            "hand and without FASTGPT_BUILD=none; pip's -v shows the reason"
+        )
+    again = f"the native kernels were not built for torch {torch.__version__}: install fastgpt again"
+    try:
+        extension = importlib.import_module("fastgpt._C")
+    except ImportError as error:
+        return f"{again} ({error})"
+    if extension.torch_version != torch.__version__.split("+")[0]:
+        return f"{again} (they were built for {extension.torch_version})"
+    return None
+
+
+def _fake(namespace: str, operator: Operator) -> Kernels:
+    """The operators of `namespace`, already defined, given their fake functions."""
     packets = getattr(torch.ops, namespace)
     forward = getattr(packets, f"{operator.name}_forward").default
     torch.library.register_fake(forward, operator.fake_forward)
     if operator.backward is None:
         return Kernels(forward, forward)
+    assert operator.fake_backward is not None
     backward = getattr(packets, f"{operator.name}_backward").default
-    kernels = Kernels(forward, backward)
+    torch.library.register_fake(backward, operator.fake_backward)
+    return Kernels(forward, backward)
+
+
+def _attach(namespace: str, operator: Operator) -> Kernels:
+    """The operators of `namespace`, already defined, given their fake functions and their derivative."""
+    kernels = _fake(namespace, operator)
+    if operator.backward is None:
+        return kernels
 
     def gradients(ctx: Any, *grads: Tensor | None) -> Any:
         if torch.is_grad_enabled():  # only under create_graph=True
@@ -122,7 +171,14 @@ def _attach(namespace: str, operator: Operator) -> Kernels:
         assert operator.gradients is not None
         return operator.gradients(kernels, ctx, *grads)
 
-    assert operator.fake_backward is not None
-    torch.library.register_fake(backward, operator.fake_backward)
-    torch.library.register_autograd(forward, gradients, setup_context=operator.save)
+    torch.library.register_autograd(kernels.forward, gradients, setup_context=operator.save)
     return kernels
+
+
+_native_absent = _load_native()
+_native_built = {
+    (name.removeprefix("fastgpt_native::").removesuffix("_forward"), device)
+    for device in ("cpu", "cuda")
+    for name in torch._C._dispatch_get_registrations_for_dispatch_key(device.upper())
+    if name.startswith("fastgpt_native::")
+}

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt.ops.checks import check_floating, check_shape, last_dimension
-from fastgpt.ops.library import Kernels, Operator, add_triton, check_dtypes
+from fastgpt.ops.library import Kernels, Operator, add_native, add_triton, check_dtypes
 from fastgpt.ops.registry import Cost, register, select
 
 
@@ -65,6 +65,7 @@ RMS_NORM = Operator(
     gradients=_gradients,
 )
 add_triton(RMS_NORM, "rms_norm")
+add_native(RMS_NORM)
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-6, backend: str | None = None) -> Tensor:

@@ -1,0 +1,16 @@
+// The sums of columns [begin, end) of a (blocks, width) matrix, each in the order of the blocks.
+// Compiled for each instruction set: see cpu/isa.h.
+
+namespace fastgpt::FASTGPT_ISA {
+
+template <typename T>
+void sum_blocks(const float* partials, T* out, int64_t blocks, int64_t width, int64_t begin, int64_t end) {
+  for (int64_t c = begin; c < end; c += kWidth) {
+    const int64_t n = left(end, c);
+    Vec total = {};
+    for (int64_t block = 0; block < blocks; ++block) total += load(partials + block * width + c, n);
+    store(out + c, total, n);
+  }
+}
+
+}  // namespace fastgpt::FASTGPT_ISA
