@@ -2,7 +2,10 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 STAMP  := $(VENV)/.installed
+BUILT  := $(VENV)/.built
+CSRC   := $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
 .PHONY: help train install test test-gpu test-slow mutants lint format clean
@@ -13,15 +16,22 @@ help:  ## list the targets
 train: install  ## train a character-level GPT on tiny Shakespeare and sample from it
 	$(BIN)/fastgpt train char-cpu --fallback-corpus pydocs $(ARGS)
 
-install: $(STAMP)  ## create .venv with fastgpt (editable) and its development tools
+install: $(BUILT)  ## create .venv with fastgpt (editable), its native kernels and its development tools
 
 $(STAMP): pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "fastgpt needs Python >= 3.10, and '$(PYTHON)' is older: make PYTHON=/path/to/python3.12 ..."; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
 	  { echo "'$(PYTHON) -m venv' failed: on Debian or Ubuntu, apt install python3-venv"; exit 1; }
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@# First what builds: the native kernels must be built against the PyTorch that is installed here.
+	@$(PIP) 'setuptools>=77' torch ninja
+	@FASTGPT_BUILD=none $(PIP) --no-build-isolation --editable '.[dev]'
 	@touch $(STAMP)
+
+$(BUILT): $(STAMP) $(CSRC)
+	@mkdir -p build && echo "building the native kernels (build/native.log)"
+	@$(BIN)/python setup.py build_ext --inplace > build/native.log 2>&1 || { tail -n 60 build/native.log; exit 1; }
+	@touch $(BUILT)
 
 test: install  ## run the test suite
 	$(BIN)/python -m pytest -n 2 $(ARGS)
@@ -47,4 +57,4 @@ format: install  ## let ruff put the code in order
 	$(BIN)/ruff format .
 
 clean:  ## remove .venv and build leftovers (runs/ stays)
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist *.egg-info fastgpt/_C.*.so

@@ -1,11 +1,11 @@
 """What pyproject.toml cannot say: which folders are which packages, and how the native extension is built.
 
 The environment may say more:
-    FASTGPT_BUILD           cpu, cuda (an error where CUDA cannot be built) or none; otherwise, what this machine can
-    TORCH_CUDA_ARCH_LIST    GPUs to build for, such as "8.0;9.0a+PTX"; otherwise those present, else TARGETS
-    CUDA_HOME               the CUDA toolkit; otherwise that of the nvcc on PATH
-    MAX_JOBS                compilers at once; otherwise what cores and memory allow
-    CXX                     the C++ compiler
+    FASTGPT_BUILD          cpu, cuda (an error where CUDA cannot be built) or none; otherwise what is possible
+    TORCH_CUDA_ARCH_LIST   GPUs to build for, such as "8.0;9.0a+PTX"; otherwise those present, else TARGETS
+    CUDA_HOME              the CUDA toolkit; otherwise that of the nvcc on PATH
+    MAX_JOBS               compilers at once; otherwise what cores and memory allow
+    CXX                    the C++ compiler
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def compiler() -> str | None:
 
 
 def cuda_home() -> Path | None:
-    """The toolkit's root. The nvcc on PATH may be a script that calls another one: it says where that lives."""
+    """The toolkit's root. The nvcc on PATH may be a script that calls another one, and says where that is."""
     if home := os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):
         return Path(home)
     nvcc = shutil.which("nvcc")
@@ -89,7 +89,7 @@ def use_cuda(choice: str) -> bool:
 
 
 def cuda_options(flags: list[str]) -> dict[str, Any]:
-    """Compiler and linker options for CUDA and cuBLASLt, which comes with PyTorch as wheels or as a toolkit."""
+    """Options for compiling CUDA and linking cuBLASLt, of the wheels that PyTorch needs or of the toolkit."""
     import torch
 
     if "TORCH_CUDA_ARCH_LIST" not in os.environ and not torch.cuda.is_available():
@@ -99,7 +99,8 @@ def cuda_options(flags: list[str]) -> dict[str, Any]:
     major = torch.version.cuda.split(".")[0]
     wheel = Path(torch.__file__).parents[1] / "nvidia" / f"cu{major}"
     if (wheel / "include/cublasLt.h").exists():  # which holds only libraries with versions in their names
-        includes, libraries, link = [wheel / "include"], [wheel / "lib"], f"-l:libcublasLt.so.{major}"
+        libraries, link = [wheel / "lib"], f"-l:libcublasLt.so.{major}"
+        includes.append(wheel / "include")  # after those that nvcc belongs to
     targets = os.environ.get("TORCH_CUDA_ARCH_LIST", "those present")
     return {
         "include_dirs": [str(path) for path in includes],
@@ -131,7 +132,15 @@ def extension() -> dict[str, Any]:
     os.environ.setdefault("MAX_JOBS", str(jobs()))
     csrc = Path("csrc")
     sources = [*csrc.glob("*.cpp"), *csrc.glob("autograd/*.cpp"), *csrc.glob("cpu/*.cpp")]
-    flags = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wno-psabi"]
+    flags = [
+        "-O3",
+        "-g0",
+        "-ffp-contract=off",
+        "-fno-math-errno",
+        "-fno-trapping-math",
+        "-Wall",
+        "-Wno-psabi",
+    ]
     flags += ["-fopenmp", "-DAT_PARALLEL_OPENMP=1"]
     options: dict[str, Any] = {"extra_compile_args": {"cxx": flags}}
     make = cpp_extension.CppExtension

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
 from fastgpt.errors import InputError
 from fastgpt.ops.registry import register
@@ -26,8 +27,8 @@ from fastgpt.ops.registry import register
 class Kernels(NamedTuple):
     """The operators of one implementation."""
 
-    forward: Callable[..., Any]
-    backward: Callable[..., Any]  # `forward` again where there is no gradient
+    forward: OpOverload
+    backward: OpOverload  # `forward` again where there is no gradient
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ class Operator:
     write the dtype of x, or what x and the other addend promote to. PyTorch's autocast has layer_norm return
     fp32 on CUDA; here bf16 x gives that rounded to bf16, to which the next matrix product would cast it.
 
-    An operation without a gradient leaves out `backward`, `fake_backward`, `save` and `gradients`. Native kernels
-    have `save` and `gradients` in C++ (csrc/autograd), where a call costs microseconds.
+    An operation without a gradient leaves out `backward`, `fake_backward`, `save` and `gradients`. Native
+    kernels have `save` and `gradients` in C++ (csrc/autograd), where a call costs microseconds.
     """
 
     name: str
@@ -130,8 +131,8 @@ def _load_native() -> str | None:
     """Load `fastgpt._C`, which registers its operators with PyTorch; why that cannot be done, or None."""
     if importlib.util.find_spec("fastgpt._C") is None:
         return (
-            "the native kernels were not built: install fastgpt again with a C++ compiler (g++ or clang++) at "
-            "hand and without FASTGPT_BUILD=none; pip's -v shows the reason"
+            "the native kernels were not built: install fastgpt again with a C++ compiler (g++ or clang++) "
+            "at hand and without FASTGPT_BUILD=none; pip's -v shows the reason"
         )
     again = f"the native kernels were not built for torch {torch.__version__}: install fastgpt again"
     try:

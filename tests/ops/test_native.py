@@ -1,0 +1,164 @@
+"""What is particular to the native rows: instruction sets, threads, memory that C++ allocates."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastgpt import ops
+from fastgpt.errors import InputError
+from fastgpt.ops import Implementation, library
+
+from .helpers import CASES, Case
+from .test_operators import gradients, requiring
+
+CPU = torch.device("cpu")
+ROWS = [row for row in ops.table() if row.name == "native" and row.missing(CPU) is None]
+native_rows = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.operation)
+OPERATORS = {
+    value.name: value
+    for module in list(sys.modules.values())
+    if getattr(module, "__name__", "").startswith("fastgpt.ops.")
+    for value in vars(module).values()
+    if isinstance(value, library.Operator)
+}
+
+
+def cases(row: Implementation) -> list[Case]:
+    return [case for case in CASES if case.operation == row.operation]
+
+
+def everything(case: Case, dtype: torch.dtype) -> list[Tensor]:
+    """Outputs and gradients."""
+    inputs = requiring(case.inputs(dtype))
+    outs = case(inputs, "native")
+    torch.manual_seed(1)
+    grads = gradients(outs, inputs) if any(out.requires_grad for out in outs) else []
+    return [x.detach() for x in [*outs, *grads]]
+
+
+@pytest.mark.skipif(not ROWS, reason="the native kernels are not built here")
+@pytest.mark.parametrize("name", OPERATORS)
+def test_schemas_are_those_of_the_other_implementations(name: str) -> None:
+    for direction in ("forward", "backward"):
+        schema = getattr(OPERATORS[name], direction)
+        if schema is not None:
+            operator = getattr(torch.ops.fastgpt_native, f"{name}_{direction}").default
+            assert operator._schema == torch._C.parse_schema(f"fastgpt_native::{name}_{direction}{schema}")
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    yield
+    torch.set_num_threads(1)
+
+
+@native_rows
+def test_threads_do_not_change_the_result(row: Implementation, threads: None) -> None:
+    """Three threads: no divisor of the numbers of rows, so that their shares differ."""
+    for case in cases(row):
+        for dtype in (torch.float32, torch.bfloat16):
+            torch.set_num_threads(1)
+            one = everything(case, dtype)
+            torch.set_num_threads(3)
+            for a, b in zip(one, everything(case, dtype), strict=True):
+                assert torch.equal(a, b), f"{case.name} {dtype}"
+
+
+@native_rows
+def test_every_element_is_written(row: Implementation) -> None:
+    """In deterministic mode PyTorch fills what C++ allocates with NaN, or the greatest integer."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        for case in cases(row):
+            for tensor in everything(case, torch.float32):
+                assert not tensor.isnan().any(), case.name
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.skipif(not ROWS, reason="the native kernels are not built here")
+@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+def test_lesser_instruction_sets(isa: str) -> None:
+    """The machine's own is what the other tests run."""
+    environment = {**os.environ, "FASTGPT_CPU_ISA": isa}
+    probe = "import torch; from fastgpt import _C; print(_C.isa())"
+    done = subprocess.run([sys.executable, "-c", probe], env=environment, capture_output=True, text=True)
+    if "this machine does not have it" in done.stderr:
+        pytest.skip(f"this machine does not have {isa}")
+    assert done.stdout.strip() == isa, done.stderr
+    tests = [
+        "tests/ops/test_table.py",
+        "-k",
+        "native and (accuracy or nan)",
+        "-q",
+        "-n",
+        "0",
+        "-p",
+        "no:cacheprovider",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *tests], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.skipif(not ROWS, reason="the native kernels are not built here")
+def test_unknown_instruction_set() -> None:
+    probe = "import torch; from fastgpt import _C; _C.isa()"
+    environment = {**os.environ, "FASTGPT_CPU_ISA": "avx3"}
+    done = subprocess.run([sys.executable, "-c", probe], env=environment, capture_output=True, text=True)
+    assert "FASTGPT_CPU_ISA=avx3: it must be baseline, avx2 or avx512" in done.stderr
+
+
+@pytest.mark.skipif(not ROWS, reason="the native kernels are not built here")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_conversions(dtype: torch.dtype) -> None:
+    """All numbers of 16 bits are read and written as by PyTorch, and their sums are rounded as by it."""
+    every = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(dtype).view(-1, 64)
+    w = torch.ones(64, dtype=dtype)
+    for other in (
+        torch.zeros_like(every),
+        every.flip(0),
+        every.roll(12345).view(-1, 64),
+        torch.full_like(every, 3e-7),
+    ):
+        summed = ops.add_layer_norm(every, other, w, backend="native")[1]
+        torch.testing.assert_close(summed, every + other, rtol=0, atol=0, equal_nan=True)
+
+
+def test_what_is_missing_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.ones(2, 3)
+    monkeypatch.setattr(library.importlib.util, "find_spec", lambda name: None)
+    absent = library._load_native()
+    assert "were not built: install fastgpt again with a C++ compiler" in str(absent)
+    monkeypatch.setattr(library, "_native_absent", absent)
+    with pytest.raises(
+        InputError, match="layer_norm cannot run as 'native' on cpu: the native kernels were not"
+    ):
+        ops.layer_norm(x, torch.ones(3), backend="native")
+    monkeypatch.setattr(library, "_native_absent", None)
+    monkeypatch.setattr(library, "_native_built", set())
+    assert "FASTGPT_BUILD=cuda" in str(library.native_missing("gelu", torch.device("cuda")))
+    assert "CPU and CUDA tensors" in str(library.native_missing("gelu", torch.device("meta")))
+
+
+def test_an_extension_for_another_torch_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library.importlib.util, "find_spec", lambda name: object())
+    built = SimpleNamespace(torch_version="1.0.0")
+    monkeypatch.setattr(library.importlib, "import_module", lambda name: built)
+    assert "install fastgpt again" in str(library._load_native())
+    assert "built for 1.0.0" in str(library._load_native())
+
+    def undefined_symbol(name: str) -> None:
+        raise ImportError("undefined symbol: _ZN2at")
+
+    monkeypatch.setattr(library.importlib, "import_module", undefined_symbol)
+    assert "undefined symbol" in str(library._load_native())

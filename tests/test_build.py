@@ -1,0 +1,98 @@
+"""What setup.py decides, and says, on machines that lack something: asked through its own command line."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+
+def setup(*args: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "setup.py", *(args or ["--version"])]
+    inherited = {name: value for name, value in os.environ.items() if name not in ("CUDA_HOME", "CUDA_PATH")}
+    return subprocess.run(
+        command, cwd=ROOT, env={**inherited, **environment}, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture
+def toolkit(tmp_path: Path) -> Path:
+    """A CUDA toolkit of a version that no PyTorch was built for."""
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 7.5, V7.5.17'\n")
+    nvcc.chmod(0o755)
+    return tmp_path
+
+
+def test_unknown_choice() -> None:
+    done = setup(FASTGPT_BUILD="gpu")
+    assert done.returncode != 0
+    assert "FASTGPT_BUILD='gpu': it must be one of cpu, cuda, none" in done.stderr
+
+
+def test_without_a_compiler_it_is_installed_without_native_kernels(tmp_path: Path) -> None:
+    absent = {"PATH": str(tmp_path), "CXX": "absent-c++"}
+    done = setup(**absent)
+    assert done.returncode == 0, done.stderr
+    assert "no C++ compiler: installing without the native kernels" in done.stderr
+    asked = setup(FASTGPT_BUILD="cpu", **absent)
+    assert asked.returncode != 0
+    assert "FASTGPT_BUILD=cpu: no C++ compiler: install g++ or clang++, or set CXX" in asked.stderr
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="this PyTorch was built without CUDA")
+def test_a_toolkit_for_another_version_is_explained(toolkit: Path) -> None:
+    done = setup(CUDA_HOME=str(toolkit), FASTGPT_BUILD="cuda")
+    assert done.returncode != 0
+    assert (
+        f"nvcc is 7.5 and torch {torch.__version__} is for CUDA {torch.version.cuda}: "
+        "they must agree in the major version" in done.stderr
+    )
+    automatic = setup(CUDA_HOME=str(toolkit))
+    assert automatic.returncode == 0
+    assert "building for the CPU alone: nvcc is 7.5" in automatic.stderr
+
+
+def test_without_nvcc(tmp_path: Path) -> None:
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    done = setup(PATH=str(tmp_path), CXX=compiler)
+    assert done.returncode == 0, done.stderr
+    assert "building for the CPU alone: no nvcc: install the CUDA toolkit, or set CUDA_HOME" in done.stderr
+    asked = setup(PATH=str(tmp_path), CXX=compiler, FASTGPT_BUILD="cuda")
+    assert asked.returncode != 0
+    assert "FASTGPT_BUILD=cuda: no nvcc" in asked.stderr
+
+
+def test_wheel_without_native_kernels_holds_the_package(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    ignore = shutil.ignore_patterns(".*", "build", "runs", "*.so", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, source, ignore=ignore)
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(tmp_path),
+        ".",
+    ]
+    done = subprocess.run(
+        command, cwd=source, env={**os.environ, "FASTGPT_BUILD": "none"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
+    assert {"fastgpt/model.py", "fastgpt/kernels/layer_norm.py", "fastgpt/py.typed"} <= set(names)
+    assert not [name for name in names if name.endswith(".so") or name.split("/")[0] in ("kernels", "tests")]
