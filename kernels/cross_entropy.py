@@ -35,6 +35,7 @@ from torch import Tensor
 
 from fastgpt.kernels.examples import Example, meta
 from fastgpt.kernels.launch import chip, launch
+from fastgpt.kernels.tune import tunable, tuned
 
 
 class Config(NamedTuple):
@@ -48,6 +49,8 @@ class Config(NamedTuple):
 # hold until the second look. B200 asks for 38 KB and holds 126 MB: 40 registers, which it compiles to without
 # spills, make room for a third program.
 LAUNCH = {80: Config(8192), 90: Config(8192), 100: Config(8192, registers=40), 120: Config(8192)}
+# For tune.py, 2-byte logits: programs of half and twice the block. With 40 registers 90 and 120 spill.
+CANDIDATES = [Config(4096), Config(8192), Config(16384)]
 PER_THREAD = 16
 SUM_BLOCK, SUM_WARPS = 4096, 8  # rows at a time of the two sums over rows
 
@@ -236,6 +239,7 @@ def sum_losses(losses: Tensor, count: Tensor | None) -> Tensor:
     return loss
 
 
+@tunable
 def loss_rows(
     logits: Tensor,
     targets: Tensor,
@@ -258,7 +262,7 @@ def loss_rows(
     """
     rows, width = logits.shape
     group = 16 // logits.element_size()
-    config = LAUNCH[chip(logits.device).family]
+    config = tuned("loss_rows", LAUNCH[chip(logits.device).family], CANDIDATES if group == 8 else [])
     block = min(triton.next_power_of_2(max(vocab_size, 32 * group)), config.columns)
     launch(
         _row,

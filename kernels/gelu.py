@@ -32,6 +32,7 @@ from torch import Tensor
 from fastgpt.kernels.examples import MEMORY_BOUND, Example, meta
 from fastgpt.kernels.launch import chip, launch, tile
 from fastgpt.kernels.partials import sum_partials
+from fastgpt.kernels.tune import tunable, tuned
 
 COLUMNS = 1024  # of a tile at most: 3 tiles in GPT-2's 3072, rows of 2 KB in bf16
 
@@ -49,6 +50,9 @@ FORWARD = {80: Config(2048, 8), 90: Config(2048, 8), 100: Config(4096, 16), 120:
 # in flight. sm_100 takes 66; programs that do not fit would wait for the others to end.
 FOUR, THREE = (Config(4096, 16, programs_per_sm=n) for n in (4, 3))
 BACKWARD = {80: FOUR, 90: FOUR, 100: THREE, 120: FOUR}
+# For tune.py: half and twice the elements of a program, with a load or two a thread; more and fewer programs.
+FORWARD_CANDIDATES = [Config(1024, 8), Config(2048, 8), Config(2048, 16), Config(4096, 16)]
+BACKWARD_CANDIDATES = [Config(4096, 16, 2), THREE, FOUR, Config(2048, 16, 8)]
 
 
 @triton.jit
@@ -134,10 +138,11 @@ def _bias_gelu_backward(
     tl.store(db_ptr + tl.program_id(1).to(tl.int64) * C + cols, tl.sum(db, 0), col_in)
 
 
+@tunable
 def gelu_forward(x: Tensor, approximate: str) -> Tensor:
     x = x.contiguous()
     y = torch.empty_like(x)
-    config = FORWARD[chip(x.device).family]
+    config = tuned("gelu_forward", FORWARD[chip(x.device).family], FORWARD_CANDIDATES, exact=True)
     launch(
         _gelu_forward,
         (triton.cdiv(x.numel(), config.elements),),
@@ -149,10 +154,11 @@ def gelu_forward(x: Tensor, approximate: str) -> Tensor:
     return y
 
 
+@tunable
 def gelu_backward(dy: Tensor, x: Tensor, approximate: str) -> Tensor:
     dy, x = dy.contiguous(), x.contiguous()
     dx = torch.empty_like(x)
-    config = FORWARD[chip(x.device).family]
+    config = tuned("gelu_backward", FORWARD[chip(x.device).family], FORWARD_CANDIDATES, exact=True)
     launch(
         _gelu_backward,
         (triton.cdiv(x.numel(), config.elements),),
@@ -164,12 +170,13 @@ def gelu_backward(dy: Tensor, x: Tensor, approximate: str) -> Tensor:
     return dx
 
 
+@tunable
 def bias_gelu_forward(x: Tensor, bias: Tensor, approximate: str) -> Tensor:
     x, bias = x.contiguous(), bias.contiguous()
     width = x.shape[-1]
     rows = x.numel() // max(width, 1)
     y = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, bias.dtype), device=x.device)
-    config = FORWARD[chip(x.device).family]
+    config = tuned("bias_gelu_forward", FORWARD[chip(x.device).family], FORWARD_CANDIDATES, exact=True)
     t = tile(width, elements=config.elements, per_thread=config.per_thread, widest=COLUMNS)
     launch(
         _bias_gelu_forward,
@@ -183,6 +190,7 @@ def bias_gelu_forward(x: Tensor, bias: Tensor, approximate: str) -> Tensor:
     return y
 
 
+@tunable
 def bias_gelu_backward(dy: Tensor, x: Tensor, bias: Tensor | None, approximate: str) -> tuple[Tensor, Tensor]:
     """(dx, db); without a bias, for an x that it has been added to, db all the same."""
     dy, x = dy.contiguous(), x.contiguous()
@@ -191,7 +199,7 @@ def bias_gelu_backward(dy: Tensor, x: Tensor, bias: Tensor | None, approximate: 
     rows = x.numel() // max(width, 1)
     dx, db = torch.empty_like(x), (x if bias is None else bias).new_empty(width)
     target = chip(x.device)
-    config = BACKWARD[target.family]
+    config = tuned("bias_gelu_backward", BACKWARD[target.family], BACKWARD_CANDIDATES)
     t = tile(width, elements=config.elements, per_thread=config.per_thread, widest=COLUMNS)
     blocks = triton.cdiv(width, t.columns)
     programs = min(

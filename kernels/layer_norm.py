@@ -34,6 +34,7 @@ from torch import Tensor
 from fastgpt.kernels.examples import MEMORY_BOUND, Example, meta
 from fastgpt.kernels.launch import chip, launch, tile
 from fastgpt.kernels.partials import sum_partials
+from fastgpt.kernels.tune import tunable, tuned
 
 WIDEST = 8192  # 16 warps hold 16 elements a thread of such a row, without spills in backward
 
@@ -51,6 +52,10 @@ FORWARD = {80: Config(1024, 8), 90: Config(1024, 8), 100: Config(2048, 16), 120:
 # dw and db take two registers an element besides x, dy and w: 16 elements a thread leave room for two
 # programs of 8 warps an SM, 32 KB of x and dy in flight; more programs would write more partial sums.
 BACKWARD = dict.fromkeys(FORWARD, Config(4096, 16, programs_per_sm=2))
+# For tune.py: twice and four times the rows of a program, with a load or two a thread.
+FORWARD_CANDIDATES = [Config(1024, 8), Config(2048, 8), Config(2048, 16), Config(4096, 16)]
+# More programs hide each other's latency, at the price of partial sums; fewer rows leave them registers.
+BACKWARD_CANDIDATES = [Config(4096, 16, 1), Config(4096, 16, 4), Config(2048, 16, 4), Config(2048, 8, 4)]
 WIDE_BLOCK, WIDE_WARPS = 4096, 8  # 16 elements a thread
 WIDE_SUMS = Config(4096, 16, programs_per_sm=2)
 WIDE_SUMS_COLUMNS = 256  # 512 bytes of a bf16 row: whole lines, and 16 rows at a time
@@ -252,6 +257,7 @@ def _sums_wide(
         tl.store(db_ptr + at, tl.sum(db, 0), col_in)
 
 
+@tunable
 def norm_forward(
     x: Tensor,
     residual: Tensor | None,
@@ -276,13 +282,14 @@ def norm_forward(
     if width > WIDEST:
         launch(_forward_wide, (rows,), *args, BLOCK=WIDE_BLOCK, num_warps=WIDE_WARPS)
     else:
-        config = FORWARD[chip(x.device).family]
+        config = tuned("norm_forward", FORWARD[chip(x.device).family], FORWARD_CANDIDATES)
         t = tile(width, elements=config.elements, per_thread=config.per_thread, widest=WIDEST)
         grid = (triton.cdiv(rows, t.rows),)
         launch(_forward, grid, *args, ROWS=t.rows, BLOCK=t.columns, num_warps=t.warps)
     return y, summed, mean, rstd
 
 
+@tunable
 def norm_backward(
     dy: Tensor,
     dsummed: Tensor | None,
@@ -327,7 +334,7 @@ def norm_backward(
             num_warps=t.warps,
         )
     else:
-        config = BACKWARD[target.family]
+        config = tuned("norm_backward", BACKWARD[target.family], BACKWARD_CANDIDATES)
         t = tile(width, elements=config.elements, per_thread=config.per_thread, widest=WIDEST)
         programs = min(triton.cdiv(rows, t.rows), config.programs_per_sm * target.sms)
         partials = partial_sums(programs)

@@ -29,6 +29,7 @@ from torch import Tensor
 from fastgpt.kernels.examples import Example, meta
 from fastgpt.kernels.gelu import bias_gelu_backward, gate, gelu_backward
 from fastgpt.kernels.launch import chip, launch
+from fastgpt.kernels.tune import tunable, tuned
 
 GROUP = 8  # tiles of rows: 8 x 16 of them are one wave of 128 tiles
 
@@ -54,6 +55,20 @@ HALF = {
     100: Config(128, 256, 64, warps=8, stages=3),
     120: Config(128, 128, 32, warps=4, stages=3),
 }
+# For tune.py: other shapes of a tile, more programs an SM, and more in flight for each.
+_SMALL = [
+    Config(128, 128, 32, 4, 3),
+    Config(128, 128, 32, 8, 4),
+    Config(128, 64, 32, 4, 4),
+    Config(128, 256, 32, 8, 3),
+]
+_LARGE = [
+    Config(128, 256, 64, 8, 4),
+    Config(256, 128, 64, 8, 3),
+    Config(128, 128, 64, 8, 4),
+    Config(128, 128, 64, 4, 4),
+]
+CANDIDATES = {80: _SMALL, 90: _LARGE, 100: _LARGE, 120: _SMALL}
 # fp32, by FMA or tf32 tensor cores: operands take twice the shared memory, and those of FMA registers too.
 FLOAT = Config(64, 64, 32, warps=4, stages=3)
 # Decoding: reading W is all the work, so by as many programs as possible; an mma takes 16 rows at least.
@@ -140,6 +155,7 @@ def _linear_gelu(
     _epilogue(h, b_ptr, y_ptr, h_ptr, rows * N, row_in, N - first_col, TANH)
 
 
+@tunable
 def linear_gelu_forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str, save: bool
 ) -> tuple[Tensor, Tensor]:
@@ -174,7 +190,10 @@ def linear_gelu_forward(
 def _config(x: Tensor, rows: int) -> Config:
     if rows <= FEW_ROWS:
         return FEW
-    return FLOAT if x.dtype == torch.float32 else HALF[chip(x.device).family]
+    if x.dtype == torch.float32:
+        return FLOAT
+    family = chip(x.device).family
+    return tuned("linear_gelu", HALF[family], CANDIDATES[family])
 
 
 def _precision() -> str:
