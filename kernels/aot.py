@@ -1,9 +1,10 @@
 """Compile kernels for chips that are not here, and look at what came out: no GPU and no driver needed.
 
-    python -m fastgpt.kernels.aot layer_norm gelu --families 80 90 100 120 [--json]
+    python -m fastgpt.kernels.aot layer_norm gelu --families 80 90 100 120 [--json] [--candidates]
 
 Each kernel file lists `examples()`, calls of its launchers at the sizes that matter. The calls run on meta
-tensors with their launches captured, so what is compiled is what a GPU would get, launch choices included.
+tensors with their launches captured, so what is compiled is what a GPU would get, launch choices included;
+with --candidates, what `tune.py` would try instead of each choice.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from triton.runtime.jit import create_function_from_signature
 
 from fastgpt.kernels.examples import Example
 from fastgpt.kernels.launch import FAMILIES, Chip, capture
+from fastgpt.kernels.tune import listing, trying
 
 # The chip of each family that launches are chosen for: its SMs, and the shared memory a program can have.
 CHIPS = {80: (108, 163 << 10), 90: (132, 227 << 10), 100: (148, 227 << 10), 120: (170, 99 << 10)}
@@ -84,6 +86,16 @@ def compile_example(example: Example, family: int) -> Iterator[Compiled]:
             shared_limit=shared_limit,
             missing=missing,
         )
+
+
+def compile_candidates(example: Example, family: int) -> Iterator[Compiled]:
+    """Every kernel that the example may launch while its choices are tuned."""
+    with capture(Chip(family, CHIPS[family][0]), lambda *launch: None), listing() as asked:
+        example.call()
+    for name, candidates in asked.items():
+        for candidate in candidates:
+            with trying(name, candidate):
+                yield from compile_example(example, family)
 
 
 def _compile(
@@ -151,13 +163,15 @@ def main() -> None:
     parser.add_argument("modules", nargs="*", choices=[[], *modules()], help="kernel files; default: all")
     parser.add_argument("--families", nargs="*", type=int, choices=FAMILIES, help="default: all that are due")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--candidates", action="store_true", help="those of tuning, not what is shipped")
     options = parser.parse_args()
+    compiled = compile_candidates if options.candidates else compile_example
     results = []
     for name in options.modules or modules():
         for example in importlib.import_module(f"fastgpt.kernels.{name}").examples():
             due = FAMILIES if example.every_chip else (90,)
             for family in options.families or due:
-                results += compile_example(example, family)
+                results += compiled(example, family)
     if options.json:
         print(json.dumps([asdict(result) for result in results]))
         return

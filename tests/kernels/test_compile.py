@@ -13,6 +13,7 @@ import pytest
 
 KERNELS = Path(__file__).parents[2] / "kernels"
 MODULES = sorted(path.stem for path in KERNELS.glob("*.py") if "\ndef examples(" in path.read_text())
+TUNED = [name for name in MODULES if "@tunable\n" in (KERNELS / f"{name}.py").read_text()]
 FAMILIES = (80, 90, 100, 120)
 
 
@@ -56,6 +57,14 @@ def test_compiles(module: str) -> None:
 @pytest.mark.parametrize("module", MODULES)
 def test_compiles_for_every_family(module: str, family: int) -> None:
     check(compiled(module, "--families", str(family)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("module", TUNED)
+def test_candidates_compile(module: str, family: int) -> None:
+    """Whatever tuning may choose compiles without spills, as what is shipped does."""
+    check(compiled(module, "--families", str(family), "--candidates"))
 
 
 def test_every_kernel_file_is_compiled() -> None:
