@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import tyro
 from tyro.conf import Positional
 
-from fastgpt.config import PRESETS, TokenizerName, TrainConfig, override, preset
+from fastgpt.config import CONFIG, PRESETS, TokenizerName, TrainConfig, override, preset
 from fastgpt.errors import InputError, TrainingStopped
 
 USAGE = f"""\
@@ -176,9 +176,9 @@ def _from_yaml(path: Path) -> TrainConfig:
 
 
 def _from_run(out_dir: Path) -> TrainConfig:
-    path = out_dir / "config.json"
+    path = out_dir / CONFIG
     if not path.exists():
-        raise InputError(f"{out_dir} holds no run to resume (no config.json)")
+        raise InputError(f"{out_dir} holds no run to resume (no {CONFIG})")
     return override(TrainConfig(), json.loads(path.read_text()), source=str(path))
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 from fastgpt.errors import InputError
 
 Activation = Literal["gelu_tanh", "gelu_erf", "relu"]
+CONFIG = "config.json"  # in the folder of a run: its settings
 VOCAB_MULTIPLE = 128  # the embedding is padded to this, so that the classifier's matmul has full tiles
 
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fastgpt import checkpoint, runtime
-from fastgpt.config import GPTConfig, TrainConfig
+from fastgpt.config import CONFIG, GPTConfig, TrainConfig
 from fastgpt.data import DownloadError, Loader, TokenDataset, Tokenizer, ValidationSet, prepared
 from fastgpt.errors import InputError, TrainingStopped
 from fastgpt.evaluate import validation_loss
@@ -36,7 +36,6 @@ from fastgpt.pretrained import Pretrained, load_weights, read_pretrained
 from fastgpt.schedule import learning_rate
 
 IGNORE_INDEX = -100
-CONFIG = "config.json"
 _EVAL_BATCH_TOKENS = 4096  # larger batches use a CPU better; the logits of this many tokens fit anywhere
 
 
@@ -76,6 +75,7 @@ class Trainer:
         self.seconds = 0.0  # of training, evaluations and checkpoints not counted
         self.val_loss: float | None = None  # of the weights as they are now
         self.best_val_loss = math.inf
+        self._sample: str | None = None  # by the weights as they are now
         self._unchecked: list[tuple[int, Tensor, Tensor]] = []
 
     # -- one step ----------------------------------------------------------------------------------------
@@ -107,7 +107,7 @@ class Trainer:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.steps_done += 1
-        self.val_loss = None
+        self.val_loss = self._sample = None
         self._unchecked.append((self.steps_done, loss, norm))
         return loss, norm
 
@@ -201,7 +201,7 @@ class Trainer:
         self.scaler.load_state_dict(saved.state["scaler"])
         self.steps_done = saved.state["step"]
         self.seconds = saved.state["seconds"]
-        self.val_loss = saved.state["val_loss"]
+        self.val_loss, self._sample = saved.state["val_loss"], None
         best = saved.state["best_val_loss"]
         self.best_val_loss = math.inf if best is None else best
         runtime.set_rng_state(generators, self.device)
@@ -246,7 +246,7 @@ class Trainer:
         log.log(self._row(loss.item(), norm.item(), (self.steps_done - first) / elapsed))
         if improved or self._due(self.config.checkpoint_every):
             self.save()
-        if self.val_loss is not None:
+        if self.val_loss is not None and self.config.sample_tokens:
             log.sample(self.sample(), self.steps_done)
         self._since = (time.perf_counter(), self.steps_done)
 
@@ -270,10 +270,12 @@ class Trainer:
 
     def sample(self) -> str:
         """A continuation of sample_prompt by the weights as they are."""
-        config = self.config
-        return sample_text(
-            self.model, self.data.tokenizer, config.sample_prompt, config.sample_tokens, seed=config.seed
-        )
+        if self._sample is None:
+            config = self.config
+            self._sample = sample_text(
+                self.model, self.data.tokenizer, config.sample_prompt, config.sample_tokens, seed=config.seed
+            )
+        return self._sample
 
 
 @contextmanager

@@ -35,6 +35,9 @@ MUTANTS = {
             "micro_batches = (lambda _, n: self.loader.micro_batches(0, n))(",
         ),
         ("        self.check_finite()\n        generators", "        generators"),
+        ("self.val_loss = self._sample = None", "self.val_loss = None"),
+        ("self.val_loss is not None and self.config.sample_tokens", "self.val_loss is not None"),
+        ("        if self._sample is None:", "        if True:"),
     ],
     "fastgpt/metrics.py": [('if row["step"] <= first_step', "if True")],
     "fastgpt/evaluate.py": [("    model.eval()\n", "")],
@@ -201,10 +204,40 @@ def test_evaluating_and_sampling_do_not_disturb_training(tiny: Tiny) -> None:
     trainer.model.train()
     before = torch.get_rng_state()
     assert trainer.evaluate() == trainer.evaluate()  # without dropout
-    assert trainer.sample() == trainer.sample()
+    first, trainer._sample = trainer.sample(), None
+    assert trainer.sample() == first
     assert torch.equal(torch.get_rng_state(), before)
     assert all(module.training for module in trainer.model.modules())
     assert all(p.grad is None for p in trainer.model.parameters())
+
+
+def test_a_sample_is_generated_once(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For TensorBoard and for whoever asks afterwards; again for other weights."""
+    made: list[int] = []
+
+    def sample_text(*arguments: Any, **options: Any) -> str:
+        made.append(len(made))
+        return f"sample {len(made)}"
+
+    monkeypatch.setattr("fastgpt.train.sample_text", sample_text)
+    config = tiny(max_steps=4, eval_every=2)
+    trainer = train(config)
+    assert trainer.sample() == "sample 2"
+    assert len(made) == 2
+    trainer.step()
+    assert trainer.sample() == "sample 3"
+    trainer.restore(last(trainer.out_dir))
+    assert trainer.sample() == "sample 4"
+
+
+def test_no_sample_where_none_is_wanted(tiny: Tiny) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trainer = train(tiny(max_steps=2, eval_every=2, sample_tokens=0))
+    events = EventAccumulator(str(trainer.out_dir / "tensorboard"))
+    events.Reload()
+    assert events.Scalars("val_loss")
+    assert not events.Tags()["tensors"]
 
 
 def test_weight_decay_pulls_on_matrices_only(tiny: Tiny) -> None:
