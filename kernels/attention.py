@@ -30,7 +30,8 @@ share of the keys and writes its m, total and o, and a second kernel adds up the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,6 +47,7 @@ from fastgpt.kernels.attention_tiles import (
     Table,
     block_d,
     choose,
+    dot_rows,
     head_start,
     kept,
     load_tile,
@@ -70,7 +72,7 @@ HALVES: Table = {
     120: _BASE | {128: Config(128, 64, 8, 2)},
 }
 # The three products of tf32 hold both halves of q in registers: smaller tiles.
-FP32 = {64: Config(32, 32, 4, 2), 128: Config(32, 32, 8, 2), 256: Config(16, 16, 8, 1)}
+FP32 = {64: Config(32, 32, 4, 2), 128: Config(32, 32, 8, 2), 256: Config(16, 32, 8, 1, chunk=64)}
 FEW_QUERIES = 16  # the least rows that tensor cores multiply
 SPLIT_KEYS = 256  # the least worth a program of its own
 MOST_SHARES = 64  # as many as a program of `_attention_combine` holds in registers, at any head size
@@ -86,10 +88,12 @@ def _attend(
     v_ptr,
     k_stride,
     v_stride,
+    q_stride,
     start,
     stop,
     first_query,
     offset,
+    Tq,
     Tk,
     window,
     scale2,
@@ -102,11 +106,18 @@ def _attend(
     KEYS: tl.constexpr,
     MASKED: tl.constexpr,
     WINDOWED: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
-    """Take the keys start..stop-1 into o (`acc`), m and total."""
+    """Take the keys start..stop-1 into o (`acc`), m and total.
+
+    q is a tile or, where CHUNK < BLOCK_D, a pointer to the matrix.
+    """
     for first in range(start, stop, KEYS):
-        k = load_tile(k_ptr, first, Tk, k_stride, KEYS, D, BLOCK_D, MASKED)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if CHUNK < BLOCK_D:
+            s = dot_rows(q, first_query, Tq, q_stride, k_ptr, first, Tk, k_stride, QUERIES, KEYS, D, CHUNK)
+        else:
+            k = load_tile(k_ptr, first, Tk, k_stride, KEYS, D, BLOCK_D, MASKED)
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if MASKED:
             positions = offset + first_query + tl.arange(0, QUERIES)[:, None]
             s = tl.where(
@@ -162,6 +173,7 @@ def _attention_forward(
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
     WINDOWED: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
     blocks = tl.cdiv(Tq, QUERIES)
     bh = tl.program_id(0) // blocks
@@ -171,7 +183,10 @@ def _attention_forward(
     q_ptr += head_start(b, h, q_batch_stride, q_head_stride)
     k_ptr += head_start(b, h, k_batch_stride, k_head_stride)
     v_ptr += head_start(b, h, v_batch_stride, v_head_stride)
-    q = load_tile(q_ptr, first_query, Tq, q_stride, QUERIES, D, BLOCK_D, True)
+    if CHUNK < BLOCK_D:
+        q = q_ptr
+    else:
+        q = load_tile(q_ptr, first_query, Tq, q_stride, QUERIES, D, BLOCK_D, True)
 
     first_position = offset + first_query
     start = 0
@@ -192,16 +207,16 @@ def _attention_forward(
         edge = tl.cdiv(tl.maximum(first_position + QUERIES - window, 0), KEYS) * KEYS
         edge = tl.minimum(tl.maximum(edge, start), diagonal)
         acc, m, total = _attend(
-            acc, m, total, q, k_ptr, v_ptr, k_stride, v_stride, start, edge, first_query, offset, Tk, window,
-            scale2, seed_ptr, bh, dropout_p, D, BLOCK_D, QUERIES, KEYS, True, True,
+            acc, m, total, q, k_ptr, v_ptr, k_stride, v_stride, q_stride, start, edge, first_query, offset,
+            Tq, Tk, window, scale2, seed_ptr, bh, dropout_p, D, BLOCK_D, QUERIES, KEYS, True, True, CHUNK,
         )  # fmt: skip
     acc, m, total = _attend(
-        acc, m, total, q, k_ptr, v_ptr, k_stride, v_stride, edge, diagonal, first_query, offset, Tk, window,
-        scale2, seed_ptr, bh, dropout_p, D, BLOCK_D, QUERIES, KEYS, False, WINDOWED,
+        acc, m, total, q, k_ptr, v_ptr, k_stride, v_stride, q_stride, edge, diagonal, first_query, offset, Tq,
+        Tk, window, scale2, seed_ptr, bh, dropout_p, D, BLOCK_D, QUERIES, KEYS, False, WINDOWED, CHUNK,
     )  # fmt: skip
     acc, m, total = _attend(
-        acc, m, total, q, k_ptr, v_ptr, k_stride, v_stride, diagonal, stop, first_query, offset, Tk, window,
-        scale2, seed_ptr, bh, dropout_p, D, BLOCK_D, QUERIES, KEYS, True, WINDOWED,
+        acc, m, total, q, k_ptr, v_ptr, k_stride, v_stride, q_stride, diagonal, stop, first_query, offset, Tq,
+        Tk, window, scale2, seed_ptr, bh, dropout_p, D, BLOCK_D, QUERIES, KEYS, True, WINDOWED, CHUNK,
     )  # fmt: skip
 
     queries = first_query + tl.arange(0, QUERIES)
@@ -266,12 +281,12 @@ def attention_forward(
     Tk = k.shape[1]
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((B, H, Tq), dtype=torch.float32, device=q.device)
-    config = choose(HALVES, FP32, q, dropout=seed is not None)
     windowed = window is not None and window < Tk
+    config = choose(HALVES, FP32, q, dropout=seed is not None, half_step=windowed and D > 64)
     window = window if windowed else Tk
     begin, share, splits = 0, Tk, 1
     if Tq <= FEW_QUERIES:
-        config = config._replace(rows=FEW_QUERIES, warps=4)
+        config = config._replace(rows=FEW_QUERIES, warps=config.warps if config.rows == FEW_QUERIES else 4)
         begin = (
             max(Tk - Tq - window + 1, 0) // config.step * config.step
         )  # the first key seen, or a little before
@@ -293,6 +308,7 @@ def attention_forward(
         BLOCK_D=block_d(D),
         QUERIES=config.rows,
         KEYS=config.step,
+        CHUNK=config.chunk,
         WINDOWED=windowed,
         num_warps=config.warps,
         num_stages=config.stages,
@@ -311,39 +327,68 @@ def attention_forward(
 
 
 def examples() -> list[Example]:
-    def call(
-        direction: str,
-        D: int,
-        dtype: torch.dtype = torch.bfloat16,
-        dropout: bool = False,
-        window: int | None = None,
-    ) -> Callable[[], Any]:
-        qkv, o = meta(8, 1024, 3, 12, D, dtype=dtype), meta(8, 1024, 12, D, dtype=dtype)
-        lse = meta(8, 12, 1024, dtype=torch.float32)
-        seed = meta(1, dtype=torch.int64) if dropout else None
-        options = (seed, 0.1 if dropout else 0.0, None, window)
-        if direction == "forward":
-            return lambda: attention_forward(qkv, None, None, *options)
-        return lambda: attention_backward(o, qkv, None, None, o, lse, *options)
-
-    def decode() -> Any:
-        cache = meta(8, 1024, 12, 64)
-        return attention_forward(meta(8, 1, 3, 12, 64)[:, :, 0], cache, cache, None, 0.0, None, None)
-
+    """Every dtype, direction and launch choice, with and without dropout and a window."""
+    bf16, fp32 = torch.bfloat16, torch.float32
     cores = ("tensor_cores", "vector_load")
-    forward = {"_attention_forward": cores}
-    backward = {"_attention_backward_queries": cores, "_attention_backward_keys": cores}
-    decoding = {"_attention_forward": ("vector_load",), "_attention_combine": ("vector_load",)}
-    found = [
-        Example("attention 64", call("forward", 64), forward, every_chip=True),
-        Example("attention backward 64", call("backward", 64), backward, every_chip=True),
-        Example("attention decode", decode, decoding, every_chip=True),
-    ]
-    for direction in ("forward", "backward"):
-        for width in (96, 256):
-            found.append(Example(f"attention {direction} {width}", call(direction, width)))
-        fp32 = call(direction, 64, dtype=torch.float32)
-        both = call(direction, 64, dropout=True, window=256)
-        found.append(Example(f"attention {direction} 64 fp32", fp32))
-        found.append(Example(f"attention {direction} 64 dropout window", both))
+    requires: dict[tuple[Any, ...], dict[str, tuple[str, ...]]] = {
+        ("forward", 64, bf16, False, False): {"_attention_forward": cores},
+        ("backward", 64, bf16, False, False): {
+            "_attention_backward_queries": cores,
+            "_attention_backward_keys": cores,
+        },
+        ("decode", 64, bf16, False, False): {
+            "_attention_forward": ("vector_load",),
+            "_attention_combine": ("vector_load",),
+        },
+    }
+    every_chip = {  # those, and what is nearest to a spill
+        *requires,
+        ("forward", 128, bf16, False, True),
+        ("backward", 64, bf16, True, False),
+        ("backward", 80, bf16, True, True),
+        ("backward", 128, fp32, False, False),
+        ("backward", 160, fp32, True, True),
+    }
+    quick = {
+        *(
+            (direction, width, bf16, False, False)
+            for direction in ("forward", "backward")
+            for width in (80, 256)
+        ),
+        *((direction, 64, fp32, False, False) for direction in ("forward", "backward")),
+        *((direction, 64, bf16, True, True) for direction in ("forward", "backward")),
+        ("forward", 160, fp32, True, True),
+    }
+    found = []
+    for case in itertools.product(
+        ("forward", "backward", "decode"),
+        (16, 48, 64, 80, 128, 160, 256),
+        (bf16, torch.float16, fp32),
+        (False, True),
+        (False, True),
+    ):
+        direction, width, dtype, dropout, windowed = case
+        name = f"{direction} {width} {str(dtype).removeprefix('torch.')}"
+        found.append(
+            Example(
+                name + " dropout" * dropout + " window" * windowed,
+                partial(_example, *case),
+                requires.get(case, {}),
+                every_chip=case in every_chip,
+                slow=case not in quick,
+            )
+        )
     return found
+
+
+def _example(direction: str, width: int, dtype: torch.dtype, dropout: bool, windowed: bool) -> Any:
+    """GPT-2's smallest, but for the width; decoding with a cache."""
+    qkv, o = meta(8, 1024, 3, 12, width, dtype=dtype), meta(8, 1024, 12, width, dtype=dtype)
+    seed = meta(1, dtype=torch.int64) if dropout else None
+    options = (seed, 0.1 if dropout else 0.0, None, 256 if windowed else None)
+    if direction == "forward":
+        return attention_forward(qkv, None, None, *options)
+    if direction == "backward":
+        lse = meta(8, 12, 1024, dtype=torch.float32)
+        return attention_backward(o, qkv, None, None, o, lse, *options)
+    return attention_forward(qkv[:, :1, 0], o, o, *options)

@@ -34,6 +34,7 @@ from fastgpt.kernels.attention_tiles import (
     Table,
     block_d,
     choose,
+    dot_rows,
     head_start,
     kept,
     load_tile,
@@ -50,8 +51,8 @@ _QUERIES = {64: Config(128, 64, 8, 2), 128: Config(128, 32, 8, 2), 256: Config(3
 _KEYS = {64: Config(128, 64, 8, 2), 128: Config(64, 32, 8, 2), 256: Config(32, 32, 8, 1)}
 QUERIES_HALVES: Table = dict.fromkeys(FAMILIES, _QUERIES)
 KEYS_HALVES: Table = dict.fromkeys(FAMILIES, _KEYS)
-QUERIES_FP32 = {64: Config(32, 32, 8, 1), 128: Config(16, 32, 8, 1), 256: Config(16, 16, 8, 1)}
-KEYS_FP32 = {64: Config(32, 32, 4, 1), 128: Config(16, 32, 8, 1), 256: Config(16, 16, 8, 1)}
+QUERIES_FP32 = {64: Config(32, 32, 8, 1), 256: Config(16, 32, 8, 1, chunk=64)}
+KEYS_FP32 = {64: Config(32, 32, 4, 1), 256: Config(16, 32, 8, 1, chunk=64)}
 
 
 @triton.jit
@@ -65,10 +66,13 @@ def _add_dq(
     v_ptr,
     k_stride,
     v_stride,
+    q_stride,
+    do_stride,
     start,
     stop,
     first_query,
     offset,
+    Tq,
     Tk,
     window,
     scale2,
@@ -81,21 +85,32 @@ def _add_dq(
     KEYS: tl.constexpr,
     MASKED: tl.constexpr,
     WINDOWED: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
-    """Add the share of keys start..stop-1 to dq, less the scale."""
+    """Add the share of keys start..stop-1 to dq, less the scale.
+
+    q and do are tiles or, where CHUNK < BLOCK_D, pointers to the matrices.
+    """
     for first in range(start, stop, KEYS):
-        k = load_tile(k_ptr, first, Tk, k_stride, KEYS, D, BLOCK_D, MASKED)
-        v = load_tile(v_ptr, first, Tk, v_stride, KEYS, D, BLOCK_D, MASKED)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if CHUNK < BLOCK_D:
+            s = dot_rows(q, first_query, Tq, q_stride, k_ptr, first, Tk, k_stride, QUERIES, KEYS, D, CHUNK)
+            dp = dot_rows(do, first_query, Tq, do_stride, v_ptr, first, Tk, v_stride, QUERIES, KEYS, D, CHUNK)
+        else:
+            k = load_tile(k_ptr, first, Tk, k_stride, KEYS, D, BLOCK_D, MASKED)
+            v = load_tile(v_ptr, first, Tk, v_stride, KEYS, D, BLOCK_D, MASKED)
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         p = tl.exp2(tl.fma(s, scale2, -lse[:, None]))
         if MASKED:
             positions = offset + first_query + tl.arange(0, QUERIES)[:, None]
             p = tl.where(seen(positions, first + tl.arange(0, KEYS)[None, :], window, WINDOWED), p, 0.0)
-        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+        if CHUNK >= BLOCK_D:
+            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         if seed_ptr is not None:
             keep = kept(seed_ptr, bh, first_query, first, dropout_p, QUERIES, KEYS)
             dp = tl.where(keep, dp / (1 - dropout_p), 0.0)
         ds = p * (dp - delta[:, None])
+        if CHUNK < BLOCK_D:
+            k = load_tile(k_ptr, first, Tk, k_stride, KEYS, D, BLOCK_D, MASKED)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     return dq
 
@@ -134,6 +149,7 @@ def _attention_backward_queries(
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
     WINDOWED: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
     blocks = tl.cdiv(Tq, QUERIES)
     bh = tl.program_id(0) // blocks
@@ -154,7 +170,11 @@ def _attention_backward_queries(
     rows = tl.cast(bh, tl.int64) * Tq + queries
     tl.store(delta_ptr + rows, delta, queries < Tq)
     lse = tl.load(lse_ptr + rows, queries < Tq, other=0.0)
-    q = load_tile(q_ptr, first_query, Tq, q_stride, QUERIES, D, BLOCK_D, True)
+    if CHUNK < BLOCK_D:
+        q = q_ptr
+        do = do_ptr + o_head
+    else:
+        q = load_tile(q_ptr, first_query, Tq, q_stride, QUERIES, D, BLOCK_D, True)
 
     first_position = offset + first_query
     start = 0
@@ -170,16 +190,19 @@ def _attention_backward_queries(
         edge = tl.cdiv(tl.maximum(first_position + QUERIES - window, 0), KEYS) * KEYS
         edge = tl.minimum(edge, diagonal)
         dq = _add_dq(
-            dq, q, do, lse, delta, k_ptr, v_ptr, k_stride, v_stride, start, edge, first_query, offset, Tk,
-            window, scale2, seed_ptr, bh, dropout_p, D, BLOCK_D, QUERIES, KEYS, True, True,
+            dq, q, do, lse, delta, k_ptr, v_ptr, k_stride, v_stride, q_stride, row_stride, start, edge,
+            first_query, offset, Tq, Tk, window, scale2, seed_ptr, bh, dropout_p, D, BLOCK_D, QUERIES, KEYS,
+            True, True, CHUNK,
         )  # fmt: skip
     dq = _add_dq(
-        dq, q, do, lse, delta, k_ptr, v_ptr, k_stride, v_stride, edge, diagonal, first_query, offset, Tk,
-        window, scale2, seed_ptr, bh, dropout_p, D, BLOCK_D, QUERIES, KEYS, False, WINDOWED,
+        dq, q, do, lse, delta, k_ptr, v_ptr, k_stride, v_stride, q_stride, row_stride, edge, diagonal,
+        first_query, offset, Tq, Tk, window, scale2, seed_ptr, bh, dropout_p, D, BLOCK_D, QUERIES, KEYS,
+        False, WINDOWED, CHUNK,
     )  # fmt: skip
     dq = _add_dq(
-        dq, q, do, lse, delta, k_ptr, v_ptr, k_stride, v_stride, diagonal, stop, first_query, offset, Tk,
-        window, scale2, seed_ptr, bh, dropout_p, D, BLOCK_D, QUERIES, KEYS, True, WINDOWED,
+        dq, q, do, lse, delta, k_ptr, v_ptr, k_stride, v_stride, q_stride, row_stride, diagonal, stop,
+        first_query, offset, Tq, Tk, window, scale2, seed_ptr, bh, dropout_p, D, BLOCK_D, QUERIES, KEYS, True,
+        WINDOWED, CHUNK,
     )  # fmt: skip
     store_tile(dq_ptr, dq * scale, first_query, Tq, dq_stride, QUERIES, D, BLOCK_D)
 
@@ -196,11 +219,14 @@ def _add_dk_dv(
     delta_ptr,
     q_stride,
     do_stride,
+    k_stride,
+    v_stride,
     start,
     stop,
     first_key,
     offset,
     Tq,
+    Tk,
     window,
     scale2,
     seed_ptr,
@@ -212,33 +238,45 @@ def _add_dk_dv(
     KEYS: tl.constexpr,
     MASKED: tl.constexpr,
     WINDOWED: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
     """Add the share of queries start..stop-1 to dk, less the scale, and dv.
 
     Tiles are transposed, (KEYS, QUERIES): p^T and ds^T are then left operands as they come from the first
-    products, without a way through shared memory.
+    products, without a way through shared memory. k and v are tiles or, where CHUNK < BLOCK_D,
+    pointers to the matrices.
     """
     for first in range(start, stop, QUERIES):
-        q = load_tile(q_ptr, first, Tq, q_stride, QUERIES, D, BLOCK_D, True)
-        do = load_tile(do_ptr, first, Tq, do_stride, QUERIES, D, BLOCK_D, True)
+        if CHUNK < BLOCK_D:
+            s = dot_rows(k, first_key, Tk, k_stride, q_ptr, first, Tq, q_stride, KEYS, QUERIES, D, CHUNK)
+            dp = dot_rows(v, first_key, Tk, v_stride, do_ptr, first, Tq, do_stride, KEYS, QUERIES, D, CHUNK)
+        else:
+            q = load_tile(q_ptr, first, Tq, q_stride, QUERIES, D, BLOCK_D, True)
+            do = load_tile(do_ptr, first, Tq, do_stride, QUERIES, D, BLOCK_D, True)
         queries = first + tl.arange(0, QUERIES)
         # Rows past Tq: lse = inf makes p = 0, and the zeros of q and do make the rest 0.
         lse = tl.load(lse_ptr + queries, queries < Tq, other=float("inf"))
         delta = tl.load(delta_ptr + queries, queries < Tq, other=0.0)
-        s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+        if CHUNK >= BLOCK_D:
+            s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         p = tl.exp2(tl.fma(s, scale2, -lse[None, :]))
         if MASKED:
             keys = first_key + tl.arange(0, KEYS)[:, None]
             p = tl.where(seen(offset + queries[None, :], keys, window, WINDOWED), p, 0.0)
-        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+        if CHUNK >= BLOCK_D:
+            dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         zp = p
         if seed_ptr is not None:
             keep = tl.trans(kept(seed_ptr, bh, first, first_key, dropout_p, QUERIES, KEYS))
             factor = 1 / (1 - dropout_p)
             zp = tl.where(keep, p * factor, 0.0)
             dp = tl.where(keep, dp * factor, 0.0)
+        if CHUNK < BLOCK_D:
+            do = load_tile(do_ptr, first, Tq, do_stride, QUERIES, D, BLOCK_D, True)
         dv = tl.dot(zp.to(do.dtype), do, dv, input_precision=PRECISION)
         ds = p * (dp - delta[None, :])
+        if CHUNK < BLOCK_D:
+            q = load_tile(q_ptr, first, Tq, q_stride, QUERIES, D, BLOCK_D, True)
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
 
@@ -277,6 +315,7 @@ def _attention_backward_keys(
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
     WINDOWED: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
     blocks = tl.cdiv(Tk, KEYS)
     bh = tl.program_id(0) // blocks
@@ -291,8 +330,12 @@ def _attention_backward_keys(
     do_ptr += head_start(b, h, tl.cast(Tq, tl.int64) * do_stride, D)
     lse_ptr += tl.cast(bh, tl.int64) * Tq
     delta_ptr += tl.cast(bh, tl.int64) * Tq
-    k = load_tile(k_ptr, first_key, Tk, k_stride, KEYS, D, BLOCK_D, True)
-    v = load_tile(v_ptr, first_key, Tk, v_stride, KEYS, D, BLOCK_D, True)
+    if CHUNK < BLOCK_D:
+        k = k_ptr
+        v = v_ptr
+    else:
+        k = load_tile(k_ptr, first_key, Tk, k_stride, KEYS, D, BLOCK_D, True)
+        v = load_tile(v_ptr, first_key, Tk, v_stride, KEYS, D, BLOCK_D, True)
 
     # Queries before `whole` do not see all keys of the block; those from `edge` on neither.
     start = tl.maximum(first_key - offset, 0) // QUERIES * QUERIES
@@ -306,20 +349,23 @@ def _attention_backward_keys(
     dk = tl.zeros([KEYS, BLOCK_D], tl.float32)
     dv = tl.zeros([KEYS, BLOCK_D], tl.float32)
     dk, dv = _add_dk_dv(
-        dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, q_stride, do_stride, start, whole, first_key, offset,
-        Tq, window, scale2, seed_ptr, bh, dropout_p, D, BLOCK_D, QUERIES, KEYS, True, WINDOWED,
+        dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, q_stride, do_stride, k_stride, v_stride, start,
+        whole, first_key, offset, Tq, Tk, window, scale2, seed_ptr, bh, dropout_p, D, BLOCK_D, QUERIES, KEYS,
+        True, WINDOWED, CHUNK,
     )  # fmt: skip
     if WINDOWED:
         edge = tl.maximum(first_key + window - offset, 0) // QUERIES * QUERIES
         edge = tl.minimum(tl.maximum(edge, whole), stop)
     dk, dv = _add_dk_dv(
-        dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, q_stride, do_stride, whole, edge, first_key, offset,
-        Tq, window, scale2, seed_ptr, bh, dropout_p, D, BLOCK_D, QUERIES, KEYS, False, WINDOWED,
+        dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, q_stride, do_stride, k_stride, v_stride, whole, edge,
+        first_key, offset, Tq, Tk, window, scale2, seed_ptr, bh, dropout_p, D, BLOCK_D, QUERIES, KEYS, False,
+        WINDOWED, CHUNK,
     )  # fmt: skip
     if WINDOWED:
         dk, dv = _add_dk_dv(
-            dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, q_stride, do_stride, edge, stop, first_key,
-            offset, Tq, window, scale2, seed_ptr, bh, dropout_p, D, BLOCK_D, QUERIES, KEYS, True, True,
+            dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, q_stride, do_stride, k_stride, v_stride, edge,
+            stop, first_key, offset, Tq, Tk, window, scale2, seed_ptr, bh, dropout_p, D, BLOCK_D, QUERIES,
+            KEYS, True, True, CHUNK,
         )  # fmt: skip
     store_tile(dk_ptr + gradient, dk * scale, first_key, Tk, dk_stride, KEYS, D, BLOCK_D)
     store_tile(dv_ptr + gradient, dv, first_key, Tk, dk_stride, KEYS, D, BLOCK_D)
@@ -354,24 +400,26 @@ def attention_backward(
     sizes = H, Tq, Tk, window if windowed else Tk, D**-0.5 if scale is None else scale, dropout_p
     constants = {"D": D, "BLOCK_D": block_d(D), "WINDOWED": windowed}
     dropout = seed is not None
-    config = choose(QUERIES_HALVES, QUERIES_FP32, q, dropout=dropout, half_step=windowed and dropout)
+    config = choose(QUERIES_HALVES, QUERIES_FP32, q, dropout=dropout, half_step=dropout)
     launch(
         _attention_backward_queries,
         (B * H * triton.cdiv(Tq, config.rows),),
         *(do, q, k, v, o, lse, delta, dq, seed, *inputs, *strides(dq), *sizes),
         QUERIES=config.rows,
         KEYS=config.step,
+        CHUNK=config.chunk,
         **constants,
         num_warps=config.warps,
         num_stages=config.stages,
     )
-    config = choose(KEYS_HALVES, KEYS_FP32, q, dropout=dropout, half_step=windowed)
+    config = choose(KEYS_HALVES, KEYS_FP32, q, dropout=dropout, half_step=windowed or dropout)
     launch(
         _attention_backward_keys,
         (B * H * triton.cdiv(Tk, config.rows),),
         *(do, q, k, v, lse, delta, dk, dv, seed, *inputs, *strides(dk), *sizes),
         QUERIES=config.step,
         KEYS=config.rows,
+        CHUNK=config.chunk,
         **constants,
         num_warps=config.warps,
         num_stages=config.stages,

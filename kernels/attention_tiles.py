@@ -61,6 +61,43 @@ def load_tile(
 
 
 @triton.jit
+def load_columns(ptr, first, limit, stride, column, ROWS: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr):
+    """Columns `column` to column + CHUNK - 1 of such rows, zero past D and past `limit`."""
+    rows = tl.arange(0, ROWS)
+    dims = column + tl.arange(0, CHUNK)
+    at = ptr + tl.cast(first, tl.int64) * stride + (rows[:, None] * stride + dims[None, :])
+    return tl.load(at, (rows < limit - first)[:, None] & (dims < D)[None, :], other=0.0)
+
+
+@triton.jit
+def dot_rows(
+    a_ptr,
+    a_first,
+    a_limit,
+    a_stride,
+    b_ptr,
+    b_first,
+    b_limit,
+    b_stride,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    D: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """a b^T, (A, B), for A rows of one matrix and B of another, CHUNK columns at a time.
+
+    A loop that is not unrolled: a's rows are the same in each step of the loop around this one, and the
+    compiler would keep them in registers, where the tf32 halves of rows of 256 take all that there are.
+    """
+    product = tl.zeros([A, B], tl.float32)
+    for column in range(0, D, CHUNK):
+        a = load_columns(a_ptr, a_first, a_limit, a_stride, column, A, D, CHUNK)
+        b = load_columns(b_ptr, b_first, b_limit, b_stride, column, B, D, CHUNK)
+        product = tl.dot(a, tl.trans(b), product, input_precision=PRECISION)
+    return product
+
+
+@triton.jit
 def store_tile(ptr, x, first, limit, stride, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
     rows = tl.arange(0, ROWS)
     dims = tl.arange(0, BLOCK_D)
@@ -93,12 +130,16 @@ def kept(seed_ptr, head, first_query, first_key, dropout_p, QUERIES: tl.constexp
 
 
 class Config(NamedTuple):
-    """A program's own rows (queries, or keys for dk and dv), the rows of a step of its loop, and how."""
+    """A program's own rows (queries, or keys for dk and dv), the rows of a step of its loop, and how.
+
+    `chunk` is how many columns of q and k, and of do and v, are multiplied at a time: 256 is all.
+    """
 
     rows: int
     step: int
     warps: int
     stages: int
+    chunk: int = 256
 
 
 class Strides(NamedTuple):
@@ -146,4 +187,4 @@ def choose(
     config = table[min(limit for limit in table if width <= limit)]
     if dropout:
         config = config._replace(rows=max(config.rows // 2, 16))
-    return config._replace(step=max(config.step // 2, 16)) if half_step else config
+    return config._replace(step=max(config.step // 2, 32)) if half_step else config

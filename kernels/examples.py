@@ -19,14 +19,16 @@ class Example:
     wide_rows: a program's row is a pointer of its own, and every such pointer has a 64-bit offset;
     tensor_cores: the instructions of the chip's tensor cores.
 
-    Tests compile examples with `every_chip` for all families, the others for sm_90 alone unless slow tests
-    run: one example per kernel is enough to see that a chip takes it.
+    Tests compile examples with `every_chip` for all families, the others for sm_90 alone, `slow` ones not at
+    all, unless slow tests run, which compile all for all: one example per kernel is enough to see that a chip
+    takes it.
     """
 
     name: str
     call: Callable[[], Any]
     requires: dict[str, tuple[str, ...]] = field(default_factory=dict)
     every_chip: bool = False
+    slow: bool = False
 
 
 MEMORY_BOUND = ("vector_load", "vector_store", "wide_offsets")

@@ -34,6 +34,9 @@ MUTANTS = {
         ("mask = (rows < limit - first)[:, None]\n", "mask = (rows <= limit - first)[:, None]\n"),
         ("fours = first_key // 4", "fours = first_key * 0"),
         (">= dropout_p\n", ">= 0.9 * dropout_p\n"),
+        ("for column in range(0, D, CHUNK):\n", "for column in range(0, D - CHUNK + 1, CHUNK):\n"),
+        ("(rows < limit - first)[:, None] & (dims < D)[None, :], other", "(dims < D)[None, :], other"),
+        ("dims = column + tl.arange(0, CHUNK)\n", "dims = tl.arange(0, CHUNK)\n"),
     ],
     "kernels/attention.py": [
         ("a = tl.exp2(m - anchor)\n", "a = tl.exp2(anchor - anchor)\n"),
@@ -110,9 +113,24 @@ def test_packed(length: int, heads: int, width: int, options: dict[str, Any]) ->
     compare([randn(1, length, 3, heads, width)], randn(1, length, heads, width), **options)
 
 
-@pytest.mark.parametrize(("dtype", "length"), [(torch.float32, 70), (torch.float16, 130)], ids=str)
-def test_other_dtypes(dtype: torch.dtype, length: int) -> None:
-    compare([randn(1, length, 3, 1, 64, dtype=dtype)], randn(1, length, 1, 64, dtype=dtype))
+# fp32 beyond 64 multiplies rows in chunks of 64 columns: 128 is whole chunks, 80 and 160 end within one, 65
+# leaves one column to the last.
+@pytest.mark.parametrize(
+    ("dtype", "length", "width", "options"),
+    [
+        (torch.float16, 130, 64, {}),
+        (torch.float32, 70, 64, {}),
+        (torch.float32, 35, 65, {}),
+        (torch.float32, 35, 80, {"window": 18}),
+        (torch.float32, 49, 128, {}),
+        (torch.float32, 67, 160, {"window": 34}),
+        (torch.float32, 33, 256, {}),
+    ],
+    ids=str,
+)
+def test_other_dtypes(dtype: torch.dtype, length: int, width: int, options: dict[str, Any]) -> None:
+    qkv, do = randn(1, length, 3, 1, width, dtype=dtype), randn(1, length, 1, width, dtype=dtype)
+    compare([qkv], do, **options)
 
 
 # Prefill in chunks: queries end with the keys, whatever the tile in which they start.
@@ -247,23 +265,30 @@ def test_dropout_does_not_depend_on_tiles() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tq", "window", "dtype"),
-    [(96, None, torch.bfloat16), (70, 40, torch.bfloat16), (3, None, torch.float32)],
+    ("tq", "window", "dtype", "width"),
+    [
+        (96, None, torch.bfloat16, 64),
+        (70, 40, torch.bfloat16, 64),
+        (3, None, torch.float32, 64),
+        (41, 20, torch.float32, 160),
+    ],
 )
-def test_backward_drops_what_forward_dropped(tq: int, window: int | None, dtype: torch.dtype) -> None:
+def test_backward_drops_what_forward_dropped(
+    tq: int, window: int | None, dtype: torch.dtype, width: int
+) -> None:
     """Output and gradients are those of the equations with the z that the same seed gave before."""
     p = 0.25
     z = dropped(1, tq, 96, 1, seed=6, p=p, window=window) / (1 - p)
     hidden = ~torch.ones(tq, 96, dtype=torch.bool, device=device).tril(96 - tq)
     if window is not None:
         hidden |= torch.ones_like(hidden).tril(96 - tq - window)
-    q, do = randn(1, tq, 1, 64, dtype=dtype), randn(1, tq, 1, 64, dtype=dtype)
-    k, v = randn(1, 96, 1, 64, dtype=dtype), randn(1, 96, 1, 64, dtype=dtype)
+    q, do = randn(1, tq, 1, width, dtype=dtype), randn(1, tq, 1, width, dtype=dtype)
+    k, v = randn(1, 96, 1, width, dtype=dtype), randn(1, 96, 1, width, dtype=dtype)
 
     def equations(dtype: torch.dtype) -> list[Tensor]:
         inputs = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
         a, b, c = (x.transpose(1, 2) for x in inputs)
-        s = (a @ b.mT / 8).masked_fill(hidden, -math.inf)
+        s = (a @ b.mT / math.sqrt(width)).masked_fill(hidden, -math.inf)
         o = ((z.to(dtype) * s.softmax(-1)) @ c).transpose(1, 2)
         return [o.detach(), *torch.autograd.grad(o, inputs, do.to(dtype))]
 
