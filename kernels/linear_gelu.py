@@ -55,7 +55,7 @@ HALF = {
     100: Config(128, 256, 64, warps=8, stages=3),
     120: Config(128, 128, 32, warps=4, stages=3),
 }
-# For tune.py: other shapes of a tile, more programs an SM, and more in flight for each.
+# For tune.py: other shapes of a tile, and more or less in flight for each.
 _SMALL = [
     Config(128, 128, 32, 4, 3),
     Config(128, 128, 32, 8, 4),

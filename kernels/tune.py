@@ -357,9 +357,8 @@ def agrees(a: Tensor, b: Tensor, exact: bool) -> bool:
     wide = torch.promote_types(b.dtype, torch.float32)
     a, b = a.to(wide), b.to(wide)
     finite = b.isfinite()
-    if not torch.equal(finite, a.isfinite()) or not torch.equal(
-        a.masked_fill(finite, 0).nan_to_num(0.5), b.masked_fill(finite, 0).nan_to_num(0.5)
-    ):
+    others = a.masked_fill(finite, 0), b.masked_fill(finite, 0)
+    if not torch.allclose(*others, rtol=0, atol=0, equal_nan=True):
         return False
     difference, size = (a - b).masked_fill(~finite, 0), b.masked_fill(~finite, 0)
     return all(
