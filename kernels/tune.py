@@ -156,8 +156,11 @@ def tuned(name: str, static: C, candidates: Sequence[C], *, exact: bool = False)
             _session.choices[path] = _read(path)
         if key not in _session.choices[path] and _may_measure(device):
             entry = _measured(name, [static, *(c for c in candidates if c != static)], exact, device)
-            if entry is not None:
-                _session.choices[path] = _add(path, key, entry)
+            if entry is None:
+                entry = {"choice": static._asdict()}  # not tried again in this process
+            else:
+                _keep(path, key, entry)
+            _session.choices[path][key] = entry
         entry = _session.choices[path].get(key)
     if entry is None:
         return static
@@ -248,7 +251,7 @@ def _read(path: Path) -> dict[str, Any]:
     return entries
 
 
-def _add(path: Path, key: str, entry: dict[str, Any]) -> dict[str, Any]:
+def _keep(path: Path, key: str, entry: dict[str, Any]) -> None:
     """Write an entry beside those that are in the file, by now perhaps of other processes too."""
     entries = (_read(path) if path.exists() else {}) | {key: entry}
     try:
@@ -257,7 +260,6 @@ def _add(path: Path, key: str, entry: dict[str, Any]) -> dict[str, Any]:
     except OSError as error:  # nothing is lost but the time to measure it again
         log.warning("cannot keep launch choices in %s: %s", path, error.strerror)
     log.info("measured %s: %s", key, entry)
-    return entries
 
 
 # -- measuring -----------------------------------------------------------------------------------------------

@@ -265,12 +265,17 @@ def test_nothing_is_measured_while_a_graph_is_captured() -> None:
 
 
 def test_no_memory_for_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
     def none(tensors: Any) -> Any:
+        tried.append(tensors)
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(tune, "copies_of", none)
     with tuning(timer=Stopwatch(**EIGHT)):
-        assert call() == 4
+        assert [call(), call()] == [4, 4]
+    assert len(tried) == 1
+    assert not list(tune.cache_dir().iterdir())
 
 
 def test_choices_that_do_not_fit_the_chip(monkeypatch: pytest.MonkeyPatch) -> None:
