@@ -45,8 +45,8 @@ from fastgpt.kernels.attention_tiles import (
 )
 from fastgpt.kernels.launch import FAMILIES, launch
 
-# 128 own rows and 64 of a step at GPT-2's 64; wider heads take half of either, since dk and dv (or dq, q and
-# do) grow with the width. At 256 nothing is left for a second stage.
+# 128 own rows and 64 of a step at GPT-2's 64; wider heads half of either: dk and dv, or dq, q and do, grow
+# with the width. At 256 nothing is left for a second stage. In fp32 above 64 no row fits: see `dot_rows`.
 _QUERIES = {64: Config(128, 64, 8, 2), 128: Config(128, 32, 8, 2), 256: Config(32, 32, 8, 1)}
 _KEYS = {64: Config(128, 64, 8, 2), 128: Config(64, 32, 8, 2), 256: Config(32, 32, 8, 1)}
 QUERIES_HALVES: Table = dict.fromkeys(FAMILIES, _QUERIES)
@@ -412,7 +412,8 @@ def attention_backward(
         num_warps=config.warps,
         num_stages=config.stages,
     )
-    config = choose(KEYS_HALVES, KEYS_FP32, q, dropout=dropout, half_step=windowed or dropout)
+    padded = block_d(D) > D
+    config = choose(KEYS_HALVES, KEYS_FP32, q, dropout=dropout, half_step=windowed or dropout or padded)
     launch(
         _attention_backward_keys,
         (B * H * triton.cdiv(Tk, config.rows),),

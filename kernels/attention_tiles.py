@@ -179,8 +179,9 @@ def choose(
 ) -> Config:
     """The launch of a kernel for the dtype and the head size of x on its chip.
 
-    Dropout gets half the rows: drawing its numbers takes about as many registers as the scores themselves. So
-    does a window get half a step where its loop, the third, would spill.
+    Dropout gets half the rows: drawing its numbers takes about as many registers as the scores themselves.
+    `half_step` is for what else would spill: 32 at least, since of tiles with more columns than rows Triton
+    deals the columns to the warps, where of others each warp holds all columns of its rows.
     """
     table = fp32 if x.dtype == torch.float32 else halves[chip(x.device).family]
     width = block_d(x.shape[-1])
