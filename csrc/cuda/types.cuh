@@ -54,4 +54,44 @@ FASTGPT_DEVICE void store_vec(T* to, const V& values) {
   *reinterpret_cast<V*>(to) = values;
 }
 
+// row[column], ..., row[column + N - 1] in fp32, and zeros from `width` on. `aligned`: the row begins at a multiple
+// of 16 bytes, as `column` and `width` are multiples of N; then it is read 16 bytes at a time.
+template <int N, typename T>
+FASTGPT_DEVICE void load_floats(float (&out)[N], const T* row, int column, int width, bool aligned) {
+  using V = Vec<T>;
+  static_assert(N % V::kSize == 0);
+  if (aligned) {
+#pragma unroll
+    for (int i = 0; i < N; i += V::kSize) {
+      const V values = column < width ? load_vec<V>(row + column + i) : V{};
+#pragma unroll
+      for (int j = 0; j < V::kSize; ++j) out[i + j] = to_float(values[j]);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) out[i] = column + i < width ? to_float(row[column + i]) : 0.0f;
+  }
+}
+
+// Rounds and writes those that are before `width`.
+template <int N, typename T>
+FASTGPT_DEVICE void store_floats(const float (&values)[N], T* row, int column, int width, bool aligned) {
+  using V = Vec<T>;
+  if (aligned) {
+    if (column >= width) return;
+#pragma unroll
+    for (int i = 0; i < N; i += V::kSize) {
+      V rounded;
+#pragma unroll
+      for (int j = 0; j < V::kSize; ++j) rounded[j] = from_float<T>(values[i + j]);
+      store_vec(row + column + i, rounded);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      if (column + i < width) row[column + i] = from_float<T>(values[i]);
+    }
+  }
+}
+
 }  // namespace fastgpt::cuda

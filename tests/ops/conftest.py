@@ -1,5 +1,6 @@
 from collections.abc import Iterator
 
+import cuda_emulator
 import pytest
 import torch
 import triton_interpreter
@@ -7,11 +8,18 @@ import triton_interpreter
 from fastgpt import ops
 
 triton_interpreter.request()
+cuda_emulator.register_rows()
 
 
 @pytest.fixture(autouse=True, scope="session")
 def right_bf16() -> None:
     triton_interpreter.repair()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def emulated_kernels(request: pytest.FixtureRequest) -> None:
+    if any("emulated" in item.nodeid for item in request.session.items):
+        cuda_emulator.loaded()
 
 
 @pytest.fixture(autouse=True, scope="session")

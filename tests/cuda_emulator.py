@@ -1,0 +1,255 @@
+"""The CUDA kernels of csrc/cuda on the CPU: one more implementation, `emulated`, that only tests know.
+
+`register_rows()` adds a row to the table for each operator with a CUDA binding, and `loaded()` makes them run:
+it builds the kernels, their launchers and their bindings with g++ against tests/cuda/emulator
+(docs/emulator.md), but for what has been built already, in build/emulator.
+
+    python tests/cuda_emulator.py address|thread [pytest's arguments]     tests of the rows under a sanitizer
+
+Environment: FASTGPT_EMULATOR_ONLY=gelu,dropout builds the files that begin so; FASTGPT_EMULATOR_SCHEDULE is
+the order of threads (tests/cuda/emulator/runtime.cpp); FASTGPT_EMULATOR_SANITIZER=address|thread needs that
+sanitizer's library in the process from its start, which the command above sees to.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import functools
+import hashlib
+import importlib
+import os
+import pkgutil
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from fastgpt.errors import InputError
+from fastgpt.ops import library, registry
+
+ROOT = Path(__file__).parents[1]
+CUDA = ROOT / "csrc/cuda"
+EMULATOR = ROOT / "tests/cuda/emulator"
+BUILD = ROOT / "build/emulator"
+NAMESPACE = "fastgpt_emulated"
+SANITIZERS = {
+    "": [],
+    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"],
+    "thread": ["-fsanitize=thread"],
+}
+SCHEDULES = [
+    "greedy:late",
+    "greedy:early",
+    "reverse:late",
+    "reverse:early",
+    "random:1:late",
+    "random:2:early",
+]
+
+
+def sanitizer() -> str:
+    return os.environ.get("FASTGPT_EMULATOR_SANITIZER", "")
+
+
+def toolkit() -> Path | None:
+    """The CUDA toolkit's headers, which g++ compiles too."""
+    homes = [Path(os.environ["CUDA_HOME"])] if "CUDA_HOME" in os.environ else []
+    if nvcc := shutil.which("nvcc"):  # which may be a script that calls the real one
+        done = subprocess.run([nvcc, "--dryrun", "x.cu"], capture_output=True, text=True)
+        homes += [Path(top) for top in re.findall(r"^#\$ TOP=(.*)$", done.stderr, re.MULTILINE)]
+    for home in homes:
+        for include in (home / "include", home / "targets" / f"{os.uname().machine}-linux" / "include"):
+            if (include / "crt/host_defines.h").exists():
+                return include.resolve()
+    return None
+
+
+def absent() -> str | None:
+    """Why nothing can be emulated here, or None."""
+    if shutil.which("g++") is None:
+        return "the emulator needs g++"
+    if toolkit() is None:
+        return "the emulator needs the headers of the CUDA toolkit: put nvcc on PATH or set CUDA_HOME"
+    return None
+
+
+def sources() -> list[Path]:
+    """Launchers and bindings, in order."""
+    only = tuple(os.environ.get("FASTGPT_EMULATOR_ONLY", "").split(","))
+    names = sorted(path.name for path in CUDA.iterdir() if re.search(r"(\.cu|_ops\.cpp)$", path.name))
+    return [CUDA / name for name in names if name.startswith((*only, "partials"))]
+
+
+def command(source: Path, checked: str) -> list[str]:
+    """The compiler's, but for what it writes."""
+    flags = ["-fPIC", "-Wall", "-Wextra", "-Wno-attributes", "-Wno-unknown-pragmas", "-DFASTGPT_EMULATED"]
+    includes = [EMULATOR, ROOT / "csrc", toolkit()]
+    if source.name.endswith("_ops.cpp"):
+        torch_include = Path(torch.__file__).parent / "include"
+        includes += [torch_include, torch_include / "torch/csrc/api/include", sysconfig.get_path("include")]
+        language = ["-std=c++20", "-O0", "-w"]
+    elif source.name == "runtime.cpp":
+        defined = [f"-DEMULATOR_{checked.upper()}_SANITIZER"] if checked else []
+        language = ["-std=c++17", "-O2", *defined]
+    else:
+        language = ["-x", "c++", "-std=c++17", "-O2" if not checked else "-O1", "-g1", *SANITIZERS[checked]]
+    return ["g++", *flags, *language, *(f"-I{path}" for path in includes), "-c", str(source)]
+
+
+def compile_source(source: Path, folder: Path, checked: str = "") -> Path:
+    """The object file, made anew where the command or a file that it reads has changed."""
+    target, reads, stamp = (folder / (source.name + suffix) for suffix in (".o", ".d", ".stamp"))
+    call = command(source, checked)
+
+    def state() -> str:
+        names = re.findall(r"[^\s\\]+", reads.read_text().split(":", 1)[1])
+        digest = hashlib.sha256(" ".join(call).encode())
+        for name in names:
+            digest.update(Path(name).read_bytes() if Path(name).exists() else b"?")
+        return digest.hexdigest()
+
+    if not (target.exists() and stamp.exists() and stamp.read_text() == state()):
+        stamp.unlink(missing_ok=True)
+        run([*call, "-MMD", "-MF", str(reads), "-o", str(target)])
+        stamp.write_text(state())
+    return target
+
+
+def run(call: Sequence[str]) -> None:
+    done = subprocess.run(call, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise InputError(f"{' '.join(call)}\n{done.stderr}")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Test processes start together and build once."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def build(files: Sequence[Path], name: str, checked: str = "", jobs: int = 2) -> Path:
+    """A shared library of the emulator and `files`, built in parts that are kept."""
+    folder = BUILD / (checked or "plain")
+    with locked(folder):
+        parts = [EMULATOR / "runtime.cpp", EMULATOR / "copy.cpp", *files]
+        with ThreadPoolExecutor(jobs) as pool:
+            objects = list(pool.map(lambda part: compile_source(part, folder, checked), parts))
+        key = hashlib.sha256("".join(f"{o}{o.with_suffix('.stamp').read_text()}" for o in objects).encode())
+        # Named for its contents: a process may still run what was built before.
+        out = folder / f"lib{name}-{key.hexdigest()[:16]}.so"
+        if not out.exists():
+            for old in folder.glob(f"lib{name}-*.so"):
+                old.unlink()
+            lib = Path(torch.__file__).parent / "lib"
+            link = (
+                [f"-L{lib}", "-lc10", "-ltorch_cpu"]
+                if any(f.name.endswith("_ops.cpp") for f in files)
+                else []
+            )
+            run(["g++", "-shared", *SANITIZERS[checked], *map(str, objects), *link, "-o", str(out)])
+    return out
+
+
+@functools.cache
+def loaded() -> ctypes.CDLL:
+    """The library of all kernels; loading it registers the bindings with PyTorch."""
+    if reason := absent():
+        raise InputError(reason)
+    path = build(sources(), "kernels", sanitizer())
+    torch.ops.load_library(str(path))
+    return ctypes.CDLL(str(path))
+
+
+def set_schedule(schedule: str) -> None:
+    if loaded().emulator_schedule(schedule.encode()) != 0:
+        raise InputError(f"no schedule {schedule!r}")
+
+
+def operators() -> list[library.Operator]:
+    """Those with a binding in csrc/cuda."""
+    bound = {
+        name
+        for path in CUDA.glob("*_ops.cpp")
+        if path in sources()
+        for name in re.findall(r'\bimpl\(\s*"(\w+)_forward"', path.read_text())
+    }
+    modules = [
+        importlib.import_module(f"fastgpt.ops.{m.name}") for m in pkgutil.iter_modules(registry_path())
+    ]
+    found = {v.name: v for m in modules for v in vars(m).values() if isinstance(v, library.Operator)}
+    return [found[name] for name in sorted(bound)]
+
+
+def registry_path() -> list[str]:
+    return [str(Path(registry.__file__).parent)]
+
+
+_library: torch.library.Library | None = None
+
+
+def register_rows() -> None:
+    """Add the rows `emulated`, once a process."""
+    global _library
+    if _library is not None:
+        return
+    _library = torch.library.Library(NAMESPACE, "DEF")
+    reason = absent()
+
+    def missing(device: torch.device) -> str | None:
+        return reason if device.type == "cpu" else "the emulator runs on CPU tensors"
+
+    for operator in operators():
+        for direction, schema in (("forward", operator.forward), ("backward", operator.backward)):
+            if schema is not None:
+                _library.define(f"{operator.name}_{direction}{schema}")
+        kernels = library._attach(NAMESPACE, operator)
+        registry.register(operator.name, "emulated", functools.partial(operator.call, kernels), missing)
+
+
+def environment(checked: str) -> dict[str, str]:
+    """In which a process runs the kernels under a sanitizer."""
+    found = subprocess.run(["g++", f"-print-file-name=lib{checked[0]}san.so"], capture_output=True, text=True)
+    return {
+        **os.environ,
+        "FASTGPT_EMULATOR_SANITIZER": checked,
+        "LD_PRELOAD": found.stdout.strip(),
+        # Python and PyTorch are not instrumented, and keep memory to the end.
+        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "TSAN_OPTIONS": "halt_on_error=1:ignore_noninstrumented_modules=1:report_signal_unsafe=0",
+    }
+
+
+def main() -> None:
+    if len(sys.argv) < 2 or sys.argv[1] not in ("address", "thread"):
+        sys.exit(__doc__)
+    arguments = sys.argv[2:] or ["-k", "emulated"]
+    call = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-s",
+        "-n",
+        "0",
+        "-p",
+        "no:cacheprovider",
+        "tests/ops",
+        *arguments,
+    ]
+    sys.exit(subprocess.run(call, env=environment(sys.argv[1]), cwd=ROOT).returncode)
+
+
+if __name__ == "__main__":
+    main()
