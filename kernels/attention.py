@@ -48,6 +48,7 @@ from fastgpt.kernels.attention_tiles import (
     block_d,
     choose,
     dot_rows,
+    has_alternatives,
     head_start,
     kept,
     load_tile,
@@ -58,6 +59,7 @@ from fastgpt.kernels.attention_tiles import (
 )
 from fastgpt.kernels.examples import Example, meta
 from fastgpt.kernels.launch import chip, launch
+from fastgpt.kernels.tune import tunable, tuned
 
 # Every size of GPT-2 has heads of 64. 128 queries are two warpgroups of 64 rows, what wgmma and tcgen05
 # multiply; on H100 two such programs fit an SM: one's softmax runs beside the other's products. On A100 4
@@ -71,6 +73,8 @@ HALVES: Table = {
     100: _BASE,
     120: _BASE | {128: Config(128, 64, 8, 2)},
 }
+# For tune.py: other numbers of stages, and tiles of a warpgroup.
+CANDIDATES = [Config(128, 64, 8, 2), Config(128, 64, 8, 3), Config(128, 64, 8, 4), Config(64, 64, 4, 3)]
 # The three products of tf32 hold both halves of q in registers: smaller tiles, and at 256 parts of a row.
 FP32 = {64: Config(32, 32, 4, 2), 128: Config(32, 32, 8, 2), 256: Config(16, 32, 8, 1, chunk=64)}
 FEW_QUERIES = 16  # the least rows that tensor cores multiply
@@ -266,6 +270,7 @@ def _attention_combine(
     tl.store(o_ptr + ((b * Tq + i) * H + h) * D + dims, o.to(o_ptr.dtype.element_ty), dims < D)
 
 
+@tunable
 def attention_forward(
     q: Tensor,
     k: Tensor | None,
@@ -283,6 +288,8 @@ def attention_forward(
     lse = torch.empty((B, H, Tq), dtype=torch.float32, device=q.device)
     windowed = window is not None and window < Tk
     config = choose(HALVES, FP32, q, dropout=seed is not None)
+    if Tq > FEW_QUERIES and has_alternatives(q, seed, windowed):
+        config = tuned("attention_forward", config, CANDIDATES)
     if windowed and D > 64:  # a third loop, with masks
         config = config._replace(step=min(config.step, 32), stages=min(config.stages, 2))
     window = window if windowed else Tk

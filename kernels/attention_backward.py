@@ -35,6 +35,7 @@ from fastgpt.kernels.attention_tiles import (
     block_d,
     choose,
     dot_rows,
+    has_alternatives,
     head_start,
     kept,
     load_tile,
@@ -44,6 +45,7 @@ from fastgpt.kernels.attention_tiles import (
     strides,
 )
 from fastgpt.kernels.launch import FAMILIES, launch
+from fastgpt.kernels.tune import tunable, tuned
 
 # 128 own rows and 64 of a step at GPT-2's 64; wider heads half of either: dk and dv, or dq, q and do, grow
 # with the width. At 256 nothing is left for a second stage. In fp32 above 64 no row fits: see `dot_rows`.
@@ -51,6 +53,8 @@ _QUERIES = {64: Config(128, 64, 8, 2), 128: Config(128, 32, 8, 2), 256: Config(3
 _KEYS = {64: Config(128, 64, 8, 2), 128: Config(64, 32, 8, 2), 256: Config(32, 32, 8, 1)}
 QUERIES_HALVES: Table = dict.fromkeys(FAMILIES, _QUERIES)
 KEYS_HALVES: Table = dict.fromkeys(FAMILIES, _KEYS)
+# For tune.py: a stage more, half a step, half the rows.
+CANDIDATES = [Config(128, 64, 8, 3), Config(128, 32, 8, 2), Config(64, 64, 8, 2)]
 QUERIES_FP32 = {64: Config(32, 32, 8, 1), 256: Config(16, 32, 8, 1, chunk=64)}
 KEYS_FP32 = {64: Config(32, 32, 4, 1), 256: Config(16, 32, 8, 1, chunk=64)}
 
@@ -371,6 +375,7 @@ def _attention_backward_keys(
     store_tile(dv_ptr + gradient, dv, first_key, Tk, dk_stride, KEYS, D, BLOCK_D)
 
 
+@tunable
 def attention_backward(
     do: Tensor,
     q: Tensor,
@@ -401,6 +406,8 @@ def attention_backward(
     constants = {"D": D, "BLOCK_D": block_d(D), "WINDOWED": windowed}
     dropout = seed is not None
     config = choose(QUERIES_HALVES, QUERIES_FP32, q, dropout=dropout, half_step=dropout)
+    if has_alternatives(q, seed, windowed):
+        config = tuned("attention_backward_queries", config, CANDIDATES)
     launch(
         _attention_backward_queries,
         (B * H * triton.cdiv(Tq, config.rows),),
@@ -414,6 +421,8 @@ def attention_backward(
     )
     padded = block_d(D) > D
     config = choose(KEYS_HALVES, KEYS_FP32, q, dropout=dropout, half_step=windowed or dropout or padded)
+    if has_alternatives(q, seed, windowed):
+        config = tuned("attention_backward_keys", config, CANDIDATES)
     launch(
         _attention_backward_keys,
         (B * H * triton.cdiv(Tk, config.rows),),

@@ -189,3 +189,11 @@ def choose(
     if dropout:
         config = config._replace(rows=max(config.rows // 2, 16))
     return config._replace(step=max(config.step // 2, 32)) if half_step else config
+
+
+def has_alternatives(q: Tensor, seed: Tensor | None, windowed: bool) -> bool:
+    """Whether tuning has other choices: for heads of 64, GPT-2's at every size, in 2 bytes.
+
+    Dropout, a window and wider heads take the registers that another choice would need.
+    """
+    return q.element_size() == 2 and q.shape[-1] == 64 and seed is None and not windowed

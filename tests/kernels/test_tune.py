@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastgpt.errors import InputError
 from fastgpt.kernels import tune
+from fastgpt.kernels.attention import attention_backward, attention_forward
 from fastgpt.kernels.cross_entropy import loss_rows
 from fastgpt.kernels.gelu import bias_gelu_backward, bias_gelu_forward, gelu_backward, gelu_forward
 from fastgpt.kernels.layer_norm import norm_backward, norm_forward
@@ -380,6 +381,22 @@ def losses(logits: Tensor, targets: Tensor) -> list[Tensor]:
     return [out, logits]
 
 
+def attention(dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
+    """Two blocks of queries and of keys, of which the second is not whole."""
+    qkv, do = torch.randn(1, 130, 3, 1, 64).to(DEVICE, dtype), torch.randn(1, 130, 1, 64).to(DEVICE, dtype)
+    plain = (None, 0.0, None, None)  # neither dropout nor a window
+    o, lse = attention_forward(qkv, None, None, *plain)
+
+    def backward() -> Tensor:
+        return attention_backward(do, qkv, None, None, o, lse, *plain)[0]
+
+    return {
+        "attention_forward": lambda: attention_forward(qkv, None, None, *plain),
+        "attention_backward_queries": backward,
+        "attention_backward_keys": backward,
+    }
+
+
 def rows(dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
     """Rows for several programs, widths that no tile divides."""
     x, dy = (torch.randn(37, 200).to(DEVICE, dtype) for _ in range(2))
@@ -399,7 +416,13 @@ def rows(dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
     }
 
 
-HALF_ONLY = ("linear_gelu", "loss_rows")
+HALF_ONLY = (
+    "attention_forward",
+    "attention_backward_queries",
+    "attention_backward_keys",
+    "linear_gelu",
+    "loss_rows",
+)
 EXACT = ("gelu_forward", "gelu_backward", "bias_gelu_forward")
 names = pytest.mark.parametrize(
     "name", [*HALF_ONLY, *EXACT, "norm_forward", "norm_backward", "bias_gelu_backward"]
@@ -408,7 +431,7 @@ names = pytest.mark.parametrize(
 
 def kernel(name: str, dtype: torch.dtype) -> Callable[[], Any]:
     """A call that makes the choice of that name."""
-    return rows(dtype)[name]
+    return (attention if name.startswith("attention") else rows)(dtype)[name]
 
 
 def tensors(out: Any) -> list[Tensor]:
