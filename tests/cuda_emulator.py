@@ -1,7 +1,7 @@
 """The CUDA kernels of csrc/cuda on the CPU: one more implementation, `emulated`, that only tests know.
 
-`register_rows()` adds a row to the table for each operator with a CUDA binding, and `loaded()` makes them run:
-it builds the kernels, their launchers and their bindings with g++ against tests/cuda/emulator
+`register_rows()` adds a row to the table for each operator with a CUDA binding, and `loaded()` makes them
+run: it builds the kernels, their launchers and their bindings with g++ against tests/cuda/emulator
 (docs/emulator.md), but for what has been built already, in build/emulator.
 
     python tests/cuda_emulator.py address|thread [pytest's arguments]     tests of the rows under a sanitizer

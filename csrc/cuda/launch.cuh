@@ -4,8 +4,8 @@
 //     launch.grid(blocks).block(threads).shared(bytes);
 //     launch(kernel<T>, argument, ...);
 //
-// Shared memory is dynamic shared memory, and may be left out. Nothing is launched when a dimension of the grid
-// is 0. A launch that CUDA refuses throws std::runtime_error with the kernel and the shape.
+// Shared memory is dynamic shared memory, and may be left out. Nothing is launched when a dimension of the
+// grid is 0. A launch that CUDA refuses throws std::runtime_error with the kernel and the shape.
 #pragma once
 
 #include <cstdint>
@@ -49,15 +49,14 @@ class Launch {
   void operator()(void (*kernel)(Parameters...), Arguments&&... arguments) {
     if (empty_) return;
 #ifdef FASTGPT_EMULATED
-    emulator::launch(name_, grid_, block_, shared_,
-                     [=]() { kernel(static_cast<Parameters>(arguments)...); });
+    emulator::launch(name_, grid_, block_, shared_, [=]() { kernel(static_cast<Parameters>(arguments)...); });
 #else
     constexpr int64_t kWithoutAsking = 48 << 10;
     if (shared_ > kWithoutAsking) {
       check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  static_cast<int>(shared_)));
     }
-    kernel<<<grid_, block_, static_cast<size_t>(shared_), stream_>>>(static_cast<Parameters>(arguments)...);
+    kernel<<<grid_, block_, static_cast<size_t>(shared_), stream_> > >(static_cast<Parameters>(arguments)...);
     check(cudaGetLastError());
 #endif
   }

@@ -1,9 +1,8 @@
-#include "cuda/layer_norm.h"
-
 #include <algorithm>
 
 #include "cuda/launch.cuh"
 #include "cuda/layer_norm.cuh"
+#include "cuda/layer_norm.h"
 
 namespace fastgpt::cuda {
 namespace {
@@ -17,7 +16,8 @@ bool are_aligned(int64_t width, Pointers... pointers) {
 
 // Threads of a row that is kept in registers.
 int row_threads(int64_t width) {
-  return width <= kNarrow ? kWarpSize : static_cast<int>(ceil_div(ceil_div(width, kColumns), kWarpSize)) * kWarpSize;
+  return width <= kNarrow ? kWarpSize
+                          : static_cast<int>(ceil_div(ceil_div(width, kColumns), kWarpSize)) * kWarpSize;
 }
 
 int block_rows(int64_t width) { return width <= kNarrow ? kRowWarps : 1; }
@@ -33,17 +33,26 @@ void with_chunks(int64_t width, Function&& function) {
 
 }  // namespace
 
-void norm_forward(const NormShape& shape, const void* x, const void* residual, const void* w, const void* b, void* y,
-                  void* summed, float* mean, float* rstd, float eps, cudaStream_t stream) {
+void norm_forward(const NormShape& shape, const void* x, const void* residual, const void* w, const void* b,
+                  void* y, void* summed, float* mean, float* rstd, float eps, cudaStream_t stream) {
   const auto [rows, width, dtype, parameter_dtype] = shape;
   Launch launch("norm_forward", {rows, width}, stream);
   const bool aligned = are_aligned(width, x, residual, w, b, y, summed);
   const Parameter weight{w, parameter_dtype}, bias{b, parameter_dtype};
   dispatch(dtype, [&, rows = rows, width = width](auto type) {
     using T = typename decltype(type)::type;
-    const NormForward<T> p{static_cast<const T*>(x), static_cast<const T*>(residual), weight, bias,
-                           static_cast<T*>(y),       static_cast<T*>(summed),         mean,   rstd,
-                           rows,                     static_cast<int>(width),         eps,    aligned};
+    const NormForward<T> p{static_cast<const T*>(x),
+                           static_cast<const T*>(residual),
+                           weight,
+                           bias,
+                           static_cast<T*>(y),
+                           static_cast<T*>(summed),
+                           mean,
+                           rstd,
+                           rows,
+                           static_cast<int>(width),
+                           eps,
+                           aligned};
     if (width > kWidest) {
       launch.grid(rows).block(kWideThreads);
       return launch(norm_forward_wide<T>, p);
@@ -70,8 +79,18 @@ void norm_backward(const NormShape& shape, const void* dy, const void* dsummed, 
   const Parameter weight{w, parameter_dtype};
   dispatch(dtype, [&, rows = rows, width = width](auto type) {
     using T = typename decltype(type)::type;
-    const NormBackward<T> p{static_cast<const T*>(dy), static_cast<const T*>(dsummed), static_cast<const T*>(x),
-                            weight, mean, rstd, static_cast<T*>(dx), dw, db, rows, static_cast<int>(width), aligned};
+    const NormBackward<T> p{static_cast<const T*>(dy),
+                            static_cast<const T*>(dsummed),
+                            static_cast<const T*>(x),
+                            weight,
+                            mean,
+                            rstd,
+                            static_cast<T*>(dx),
+                            dw,
+                            db,
+                            rows,
+                            static_cast<int>(width),
+                            aligned};
     if (width > kWidest) {
       launch.grid(rows).block(kWideThreads);
       launch(norm_backward_wide<T>, p);

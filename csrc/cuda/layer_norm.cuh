@@ -10,12 +10,14 @@
 //     dx = rstd * (g - sum_c g / C - xhat * sum_c (g * xhat) / C) + ds      no sum_c g for RMSNorm
 //     dw = sum_rows dy * xhat,  db = sum_rows dy
 //
-// Bytes, e an element's: forward 2 R C e (x, y), with the addition 4 R C e; backward 3 R C e (dy, x, dx), with ds 4.
+// Bytes, e an element's: forward 2 R C e (x, y), with the addition 4 R C e; backward 3 R C e (dy, x, dx),
+// with ds 4.
 //
-// Launch: a block is blockDim.y rows of blockDim.x threads each. Rows up to kNarrow columns have a warp and no
-// barrier, longer ones a block of 8 columns a thread; the row is read once and stays in registers. Backward goes
-// through the rows with a stride, keeps the sums for dw and db in registers, and writes one partial sum a block.
-// Rows longer than kWidest are read again from L2 for each pass, and dw and db have a kernel of their own.
+// Launch: a block is blockDim.y rows of blockDim.x threads each. Rows up to kNarrow columns have a warp and
+// no barrier, longer ones a block of 8 columns a thread; the row is read once and stays in registers.
+// Backward goes through the rows with a stride, keeps the sums for dw and db in registers, and writes one
+// partial sum a block. Rows longer than kWidest are read again from L2 for each pass, and dw and db have a
+// kernel of their own.
 #pragma once
 
 #include "cuda/dtype.h"
@@ -24,9 +26,9 @@
 namespace fastgpt::cuda {
 
 constexpr int kNarrow = 1024, kWidest = 4096;
-constexpr int kRowWarps = 4;        // rows of a block, where a row has a warp
-constexpr int kWideThreads = 512;   // of a row longer than kWidest
-constexpr int kColumns = 8;         // of a thread, where it does not keep the row
+constexpr int kRowWarps = 4;       // rows of a block, where a row has a warp
+constexpr int kWideThreads = 512;  // of a row longer than kWidest
+constexpr int kColumns = 8;        // of a thread, where it does not keep the row
 constexpr int kSumWarps = 8;
 
 // Weights and biases, whose type need not be that of x.
@@ -170,7 +172,8 @@ __global__ void __launch_bounds__(kWideThreads) norm_forward_wide(NormForward<T>
 
 // xhat and dy of the columns from `column` on; zeros past the row.
 template <int N, typename T>
-FASTGPT_DEVICE void load_row(float (&xhat)[N], float (&dy)[N], const NormBackward<T>& p, int64_t row, int column) {
+FASTGPT_DEVICE void load_row(float (&xhat)[N], float (&dy)[N], const NormBackward<T>& p, int64_t row,
+                             int column) {
   const int64_t at = row * p.width;
   const float mean = p.mean == nullptr ? 0.0f : p.mean[row], rstd = p.rstd[row];
   load_floats(dy, p.dy + at, column, p.width, p.aligned);
@@ -180,8 +183,8 @@ FASTGPT_DEVICE void load_row(float (&xhat)[N], float (&dy)[N], const NormBackwar
 }
 
 template <int N, typename T>
-FASTGPT_DEVICE void store_dx(const float (&xhat)[N], const float (&g)[N], const NormBackward<T>& p, int64_t row,
-                             int column, float mean_g, float mean_gx) {
+FASTGPT_DEVICE void store_dx(const float (&xhat)[N], const float (&g)[N], const NormBackward<T>& p,
+                             int64_t row, int column, float mean_g, float mean_gx) {
   const int64_t at = row * p.width;
   const float rstd = p.rstd[row];
   float dx[N], ds[N] = {};
@@ -191,9 +194,11 @@ FASTGPT_DEVICE void store_dx(const float (&xhat)[N], const float (&g)[N], const 
   store_floats(dx, p.dx + at, column, p.width, p.aligned);
 }
 
-// The sums of a block's rows, kept in the threads of each: added over threadIdx.y, in order, into a partial sum.
+// The sums of a block's rows, kept in the threads of each: added over threadIdx.y, in order, into a partial
+// sum.
 template <int kChunks>
-FASTGPT_DEVICE void store_partial(const float (&sums)[kChunks][kColumns], float* partial, int width, float* scratch) {
+FASTGPT_DEVICE void store_partial(const float (&sums)[kChunks][kColumns], float* partial, int width,
+                                  float* scratch) {
   const int threads = blockDim.x, rows = blockDim.y, slots = kChunks * kColumns * threads;
   if (rows > 1) {
     __syncthreads();  // what was in scratch has been read

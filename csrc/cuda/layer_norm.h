@@ -15,10 +15,10 @@ struct NormShape {
   DType parameter_dtype;  // of w and b
 };
 
-// y and the statistics; with `residual` of x + residual, which goes to `summed`. Null: residual and summed (none),
-// b (none), mean (RMSNorm).
-void norm_forward(const NormShape& shape, const void* x, const void* residual, const void* w, const void* b, void* y,
-                  void* summed, float* mean, float* rstd, float eps, cudaStream_t stream);
+// y and the statistics; with `residual` of x + residual, which goes to `summed`. Null: residual and summed
+// (none), b (none), mean (RMSNorm).
+void norm_forward(const NormShape& shape, const void* x, const void* residual, const void* w, const void* b,
+                  void* y, void* summed, float* mean, float* rstd, float eps, cudaStream_t stream);
 
 // Rows of the partial sums that norm_backward writes.
 int64_t norm_programs(const NormShape& shape, int sms);

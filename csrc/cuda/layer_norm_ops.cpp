@@ -44,9 +44,10 @@ Forward forward(const Tensor& x, const std::optional<Tensor>& residual, const Te
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy, const std::optional<Tensor>& dsummed, const Tensor& x,
-                                            const Tensor& weight, const std::optional<Tensor>& mean,
-                                            const Tensor& rstd, bool has_bias) {
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy, const std::optional<Tensor>& dsummed,
+                                            const Tensor& x, const Tensor& weight,
+                                            const std::optional<Tensor>& mean, const Tensor& rstd,
+                                            bool has_bias) {
   const DeviceGuard guard(x);
   const auto dtype = x.scalar_type();
   const Tensor dout = dy.to(dtype).contiguous(), values = x.contiguous(), w = weight.contiguous();
@@ -61,8 +62,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy, const std::optiona
   float* const db_partials = has_bias ? dw_partials + programs * shape.width : nullptr;
   const auto stream = current_stream();
   norm_backward(shape, dout.const_data_ptr(), pointer(added), values.const_data_ptr(), w.const_data_ptr(),
-                static_cast<const float*>(pointer(centre)), scale.const_data_ptr<float>(), dx.mutable_data_ptr(),
-                dw_partials, db_partials, programs, stream);
+                static_cast<const float*>(pointer(centre)), scale.const_data_ptr<float>(),
+                dx.mutable_data_ptr(), dw_partials, db_partials, programs, stream);
   sum_partials(dw_partials, dw.mutable_data_ptr(), shape.parameter_dtype, programs, shape.width, stream);
   if (has_bias) {
     sum_partials(db_partials, db.mutable_data_ptr(), shape.parameter_dtype, programs, shape.width, stream);
@@ -76,21 +77,25 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_forward(const Tensor& x, const Ten
   return {out.y, out.mean, out.rstd};
 }
 
-std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& dy, const Tensor& x, const Tensor& weight,
-                                                       const Tensor& mean, const Tensor& rstd, bool has_bias) {
+std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& dy, const Tensor& x,
+                                                       const Tensor& weight, const Tensor& mean,
+                                                       const Tensor& rstd, bool has_bias) {
   return backward(dy, std::nullopt, x, weight, mean, rstd, has_bias);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_forward(const Tensor& x, const Tensor& residual,
                                                                   const Tensor& weight,
-                                                                  const std::optional<Tensor>& bias, double eps) {
+                                                                  const std::optional<Tensor>& bias,
+                                                                  double eps) {
   const Forward out = forward(x, residual, weight, bias, eps, true);
   return {out.y, out.summed, out.mean, out.rstd};
 }
 
-std::tuple<Tensor, Tensor, Tensor> add_layer_norm_backward(const Tensor& dy, const std::optional<Tensor>& dsummed,
+std::tuple<Tensor, Tensor, Tensor> add_layer_norm_backward(const Tensor& dy,
+                                                           const std::optional<Tensor>& dsummed,
                                                            const Tensor& summed, const Tensor& weight,
-                                                           const Tensor& mean, const Tensor& rstd, bool has_bias) {
+                                                           const Tensor& mean, const Tensor& rstd,
+                                                           bool has_bias) {
   return backward(dy, dsummed, summed, weight, mean, rstd, has_bias);
 }
 

@@ -1,7 +1,6 @@
-#include "cuda/partials.h"
-
 #include "cuda/launch.cuh"
 #include "cuda/partials.cuh"
+#include "cuda/partials.h"
 
 namespace fastgpt::cuda {
 

@@ -15,7 +15,7 @@ constexpr int kPartialWarps = 8;
 template <typename T>
 __global__ void __launch_bounds__(kWarpSize* kPartialWarps)
     sum_partials_kernel(const float* partials, T* out, int64_t programs, int64_t width) {
-  FASTGPT_SHARED(float, sums, kPartialWarps * kWarpSize);
+  FASTGPT_SHARED(float, sums, kPartialWarps* kWarpSize);
   const int lane = threadIdx.x, warp = threadIdx.y;
   const int64_t column = static_cast<int64_t>(blockIdx.x) * kWarpSize + lane;
   float sum = 0.0f;

@@ -3,7 +3,8 @@
 // Shared memory is the one declaration whose spelling differs from CUDA's:
 //
 //     FASTGPT_SHARED(float, sums, 32);     __shared__ float sums[32]
-//     FASTGPT_DYNAMIC_SHARED(bytes);       unsigned char* bytes: as many as the launch asked for, 128-byte aligned
+//     FASTGPT_DYNAMIC_SHARED(bytes);       unsigned char* bytes: as many as the launch asked for, 128-byte
+//     aligned
 #pragma once
 
 #ifdef FASTGPT_EMULATED
@@ -16,8 +17,8 @@
 
 #define FASTGPT_CHECK_ALIGNED(pointer, bytes)
 #define FASTGPT_SHARED(T, name, count) __shared__ alignas(16) T name[count]
-#define FASTGPT_DYNAMIC_SHARED(name)                                              \
-  extern __shared__ __align__(128) unsigned char fastgpt_dynamic_shared[];       \
+#define FASTGPT_DYNAMIC_SHARED(name)                                       \
+  extern __shared__ __align__(128) unsigned char fastgpt_dynamic_shared[]; \
   unsigned char* const name = fastgpt_dynamic_shared
 
 #endif

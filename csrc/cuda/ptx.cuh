@@ -9,8 +9,9 @@
 //     b[0] = B[2t, 2t+1][g]          b[1] = B[2t+8, 2t+9][g]
 //     d[0], d[1] = D[g][2t, 2t+1]    d[2], d[3] = D[g + 8][2t, 2t+1]
 //
-// ldmatrix: lane 8 i + r holds the address of row r (16 bytes) of the i-th 8 x 8 matrix; out[i] of lane 4 g + t
-// is elements 2t and 2t+1 of row g, or with _trans of column g. For x2 the addresses of lanes 0 to 15 count.
+// ldmatrix: lane 8 i + r holds the address of row r (16 bytes) of the i-th 8 x 8 matrix; out[i] of lane 4 g +
+// t is elements 2t and 2t+1 of row g, or with _trans of column g. For x2 the addresses of lanes 0 to 15
+// count.
 #pragma once
 
 #include <cstdint>

@@ -12,8 +12,8 @@ FASTGPT_DEVICE float warp_sum(float value) {
   return value;
 }
 
-// Each of K values over the blockDim.x threads of a row, in all of them: a warp, or the whole block, whose threads
-// then all come here. `scratch` is shared memory for K * kWarpSize floats.
+// Each of K values over the blockDim.x threads of a row, in all of them: a warp, or the whole block, whose
+// threads then all come here. `scratch` is shared memory for K * kWarpSize floats.
 template <int K>
 FASTGPT_DEVICE void row_sum(float (&values)[K], float* scratch) {
 #pragma unroll

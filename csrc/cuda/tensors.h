@@ -1,4 +1,5 @@
-// What the bindings (csrc/cuda/*_ops.cpp) need besides ATen: the library they register in, the stream, the device.
+// What the bindings (csrc/cuda/*_ops.cpp) need besides ATen: the library they register in, the stream, the
+// device.
 //
 //     TORCH_LIBRARY_IMPL(FASTGPT_LIBRARY, FASTGPT_KEY, m) { m.impl("gelu_forward", gelu_forward); }
 //

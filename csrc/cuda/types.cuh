@@ -54,8 +54,8 @@ FASTGPT_DEVICE void store_vec(T* to, const V& values) {
   *reinterpret_cast<V*>(to) = values;
 }
 
-// row[column], ..., row[column + N - 1] in fp32, and zeros from `width` on. `aligned`: the row begins at a multiple
-// of 16 bytes, as `column` and `width` are multiples of N; then it is read 16 bytes at a time.
+// row[column], ..., row[column + N - 1] in fp32, and zeros from `width` on. `aligned`: the row begins at a
+// multiple of 16 bytes, as `column` and `width` are multiples of N; then it is read 16 bytes at a time.
 template <int N, typename T>
 FASTGPT_DEVICE void load_floats(float (&out)[N], const T* row, int column, int width, bool aligned) {
   using V = Vec<T>;

@@ -53,7 +53,8 @@ inline char* map(void* address, size_t bytes) {
 }
 
 #ifdef __x86_64__
-// Saves the registers that a function keeps on the stack, whose address goes to *save, and takes up those at `to`.
+// Saves the registers that a function keeps on the stack, whose address goes to *save, and takes up those at
+// `to`.
 extern "C" void emulator_switch(void** save, void* to);
 #endif
 

@@ -1,8 +1,8 @@
 // CUDA C++ on the CPU: what csrc/cuda/platform.cuh includes in place of nvcc's built-in names.
 //
-// The threads of a block are fibers that take turns: each runs until it waits for others, at a barrier or at a
-// collective of its warp. The runtime (runtime.cpp) decides who goes on, and stops at what CUDA leaves undefined.
-// This file is compiled into the kernels, and so with the sanitizers; the runtime is not.
+// The threads of a block are fibers that take turns: each runs until it waits for others, at a barrier or at
+// a collective of its warp. The runtime (runtime.cpp) decides who goes on, and stops at what CUDA leaves
+// undefined. This file is compiled into the kernels, and so with the sanitizers; the runtime is not.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -22,7 +22,8 @@
 
 #define FASTGPT_SHARED(T, name, count)      \
   static const char name##_declaration = 0; \
-  T(&name)[count] = *static_cast<T(*)[count]>(::emulator::shared(&name##_declaration, #name, sizeof(T[count])))
+  T(&name)                                  \
+  [count] = *static_cast<T(*)[count]>(::emulator::shared(&name##_declaration, #name, sizeof(T[count])))
 #define FASTGPT_DYNAMIC_SHARED(name) unsigned char* const name = ::emulator::dynamic_shared()
 #define FASTGPT_CHECK_ALIGNED(pointer, bytes) ::emulator::check_aligned(pointer, bytes, EMULATOR_HERE)
 
@@ -64,7 +65,8 @@ template <typename T>
 T shuffle(uint32_t mask, T value, int source, const char* name, Site site) {
   const uint64_t word = to_word(value);
   const Words* words = exchange(mask, &word, 1, nullptr, name, site);
-  if ((mask >> source & 1) == 0) fail(site, "%s reads lane %d, which is not in mask %08x", name, source, mask);
+  if ((mask >> source & 1) == 0)
+    fail(site, "%s reads lane %d, which is not in mask %08x", name, source, mask);
   return from_word<T>(words[source][0]);
 }
 
@@ -112,7 +114,8 @@ inline void __syncwarp(uint32_t mask = 0xffffffffu, emulator::Site site = EMULAT
 }
 
 template <typename T>
-T __shfl_sync(uint32_t mask, T value, int source, int width = warpSize, emulator::Site site = EMULATOR_CALLER) {
+T __shfl_sync(uint32_t mask, T value, int source, int width = warpSize,
+              emulator::Site site = EMULATOR_CALLER) {
   const int lane = emulator::first_lane(width) + (source & (width - 1));
   return emulator::shuffle(mask, value, lane, "__shfl_sync", site);
 }
@@ -171,17 +174,17 @@ inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 inline void __threadfence_block() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 
 // Cache hints change no value.
-#define EMULATOR_LOAD(name)                                       \
-  template <typename T>                                           \
+#define EMULATOR_LOAD(name)                                      \
+  template <typename T>                                          \
   T name(const T* from, emulator::Site site = EMULATOR_CALLER) { \
-    emulator::check_aligned(from, alignof(T), site);              \
-    return *from;                                                 \
+    emulator::check_aligned(from, alignof(T), site);             \
+    return *from;                                                \
   }
-#define EMULATOR_STORE(name)                                                \
-  template <typename T>                                                     \
-  void name(T* to, T value, emulator::Site site = EMULATOR_CALLER) {       \
-    emulator::check_aligned(to, alignof(T), site);                          \
-    *to = value;                                                            \
+#define EMULATOR_STORE(name)                                         \
+  template <typename T>                                              \
+  void name(T* to, T value, emulator::Site site = EMULATOR_CALLER) { \
+    emulator::check_aligned(to, alignof(T), site);                   \
+    *to = value;                                                     \
   }
 EMULATOR_LOAD(__ldg)
 EMULATOR_LOAD(__ldca)

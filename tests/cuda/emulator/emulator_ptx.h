@@ -9,8 +9,8 @@ namespace fastgpt::cuda::ptx {
 using emulator::Site;
 using emulator::Words;
 
-// Words of a lane: a[0] and a[1], a[2] and a[3], b[0] and b[1], the first in the lower half. In their place come
-// the lane's four sums, d[0] and d[1], d[2] and d[3].
+// Words of a lane: a[0] and a[1], a[2] and a[3], b[0] and b[1], the first in the lower half. In their place
+// come the lane's four sums, d[0] and d[1], d[2] and d[3].
 template <typename T>
 void multiply(Words* words) {
   const auto element = [words](int lane, int index) {  // of the 12 that the lane has: 8 of A, 4 of B
@@ -36,7 +36,8 @@ void multiply(Words* words) {
 }
 
 template <typename T>
-void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Site site = EMULATOR_CALLER) {
+void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                  Site site = EMULATOR_CALLER) {
   const auto pair = [](uint32_t low, uint32_t high) { return low | static_cast<uint64_t>(high) << 32; };
   const uint64_t own[3] = {pair(a[0], a[1]), pair(a[2], a[3]), pair(b[0], b[1])};
   const Words* sums = emulator::exchange(kFullWarp, own, 3, multiply<T>, "mma_m16n8k16", site);

@@ -22,7 +22,8 @@ struct Thread {
 
 extern Thread* current;
 
-// Runs `body` as every thread of every block. Throws std::runtime_error, naming the kernel, where a thread fails.
+// Runs `body` as every thread of every block. Throws std::runtime_error, naming the kernel, where a thread
+// fails.
 void launch(const char* kernel, dim3 grid, dim3 block, int64_t dynamic_shared_bytes,
             const std::function<void()>& body);
 
@@ -40,10 +41,10 @@ int barrier(int value, const char* name, Site site);
 
 // Four words a lane.
 using Words = uint64_t[4];
-// All lanes of `mask` meet: each leaves its words, the last runs `combine` on those of all 32, and each gets them.
-// They stay until the lane's next but one collective with this mask. Orders no memory.
-const Words* exchange(uint32_t mask, const uint64_t* words, int count, void (*combine)(Words*), const char* name,
-                      Site site);
+// All lanes of `mask` meet: each leaves its words, the last runs `combine` on those of all 32, and each gets
+// them. They stay until the lane's next but one collective with this mask. Orders no memory.
+const Words* exchange(uint32_t mask, const uint64_t* words, int count, void (*combine)(Words*),
+                      const char* name, Site site);
 void warp_barrier(uint32_t mask, Site site);
 
 // In a random schedule others may run first.

@@ -1,6 +1,7 @@
 // Fibers, barriers, collectives, shared memory, and what is wrong with their use.
 //
-// Compiled without the sanitizers: what happens here is not the kernel's. Under ThreadSanitizer only barriers,
+// Compiled without the sanitizers: what happens here is not the kernel's. Under ThreadSanitizer only
+// barriers,
 // __syncwarp and the ends of a launch order memory, so that accesses which nothing else separates are races.
 #include <algorithm>
 #include <cstdarg>
@@ -133,11 +134,11 @@ struct Block {
 };
 
 std::mutex one_launch;
-Schedule schedule = parse(std::getenv("FASTGPT_EMULATOR_SCHEDULE") ? std::getenv("FASTGPT_EMULATOR_SCHEDULE")
-                                                                     : "greedy");
+Schedule schedule =
+    parse(std::getenv("FASTGPT_EMULATOR_SCHEDULE") ? std::getenv("FASTGPT_EMULATOR_SCHEDULE") : "greedy");
 std::vector<std::unique_ptr<Fiber>> fibers;
-std::vector<int> order;  // of the block's threads: the first that is ready runs
-std::vector<int> rank;   // of each thread in it
+std::vector<int> order;       // of the block's threads: the first that is ready runs
+std::vector<int> rank;        // of each thread in it
 std::vector<uint64_t> ready;  // a bit for each rank
 Context caller;
 Block block;
@@ -180,7 +181,8 @@ std::string text(Site site) {
 }
 
 std::string text(uint3 index) {
-  return "(" + std::to_string(index.x) + ", " + std::to_string(index.y) + ", " + std::to_string(index.z) + ")";
+  return "(" + std::to_string(index.x) + ", " + std::to_string(index.y) + ", " + std::to_string(index.z) +
+         ")";
 }
 
 std::string where() {
@@ -198,8 +200,9 @@ std::string where() {
   std::map<std::string, int> waiting;
   for (int i = 0; i < block.threads; ++i) {
     const Fiber& fiber = *fibers[i];
-    ++waiting[fiber.state == Fiber::kDone ? "have exited" : std::string("wait at ") + fiber.waits_at + " (" +
-                                                                text(fiber.site) + ")"];
+    ++waiting[fiber.state == Fiber::kDone
+                  ? "have exited"
+                  : std::string("wait at ") + fiber.waits_at + " (" + text(fiber.site) + ")"];
   }
   std::string message = "deadlock in block " + text(running->thread.block) + ":";
   for (const auto& [what, count] : waiting) message += " " + std::to_string(count) + " threads " + what + ";";
@@ -308,7 +311,8 @@ void run_block(uint3 index, dim3 grid, dim3 size, size_t dynamic_bytes) {
   for (int i = 0; i < block.threads; ++i) {
     Fiber& fiber = *fibers[i];
     const unsigned t = i;
-    fiber.thread = {{t % size.x, t / size.x % size.y, t / size.x / size.y}, index, size, grid, i % kWarp, i / kWarp};
+    fiber.thread = {
+        {t % size.x, t / size.x % size.y, t / size.x / size.y}, index, size, grid, i % kWarp, i / kWarp};
     fiber.groups.clear();
     fiber.open.clear();
     fiber.context.start(entry);
@@ -341,13 +345,16 @@ Meeting& meeting_of(uint32_t mask, const char* name, Site site) {
 // The meeting under this mask, which the calling lane may take part in.
 Meeting& join(uint32_t mask, const char* name, Site site) {
   const int lane = current->lane;
-  if ((mask >> lane & 1) == 0) fail(site, "%s with mask %08x by lane %d, which is not in it", name, mask, lane);
+  if ((mask >> lane & 1) == 0)
+    fail(site, "%s with mask %08x by lane %d, which is not in it", name, mask, lane);
   if (const uint32_t gone = mask & block.warps[current->warp].gone) {
-    fail(site, "%s with mask %08x, of which lane %d has exited or does not exist", name, mask, __builtin_ctz(gone));
+    fail(site, "%s with mask %08x, of which lane %d has exited or does not exist", name, mask,
+         __builtin_ctz(gone));
   }
   Meeting& meeting = meeting_of(mask, name, site);
   if (meeting.arrived != 0 && (meeting.site.line != site.line || std::strcmp(meeting.name, name) != 0)) {
-    fail(site, "%s, where other lanes of the warp wait at %s (%s)", name, meeting.name, text(meeting.site).c_str());
+    fail(site, "%s, where other lanes of the warp wait at %s (%s)", name, meeting.name,
+         text(meeting.site).c_str());
   }
   meeting.name = name;
   meeting.site = site;
@@ -369,14 +376,16 @@ void meet(Meeting& meeting, void (*combine)(Words*)) {
 
 }  // namespace
 
-void launch(const char* name, dim3 grid, dim3 size, int64_t dynamic_bytes, const std::function<void()>& function) {
+void launch(const char* name, dim3 grid, dim3 size, int64_t dynamic_bytes,
+            const std::function<void()>& function) {
   const std::lock_guard<std::mutex> lock(one_launch);
   const uint64_t threads = uint64_t{size.x} * size.y * size.z;
   if (threads == 0 || threads > kMostThreads || size.z > 64) {
     throw std::runtime_error(std::string(name) + ": a block of " + std::to_string(threads) + " threads");
   }
   if (dynamic_bytes < 0 || dynamic_bytes > static_cast<int64_t>(kMostShared)) {
-    throw std::runtime_error(std::string(name) + ": " + std::to_string(dynamic_bytes) + " bytes of shared memory");
+    throw std::runtime_error(std::string(name) + ": " + std::to_string(dynamic_bytes) +
+                             " bytes of shared memory");
   }
   kernel = name;
   body = &function;
@@ -446,7 +455,8 @@ int barrier(int value, const char* name, Site site) {
   if (block.alive < block.threads) {
     fail(site, "%s, where %d threads of the block have exited", name, block.threads - block.alive);
   }
-  if (block.arrived > 0 && (block.barrier_site.line != site.line || std::strcmp(block.barrier_name, name) != 0)) {
+  if (block.arrived > 0 &&
+      (block.barrier_site.line != site.line || std::strcmp(block.barrier_name, name) != 0)) {
     fail(site, "%s, where other threads wait at %s (%s)", name, block.barrier_name,
          text(block.barrier_site).c_str());
   }
@@ -468,8 +478,8 @@ int barrier(int value, const char* name, Site site) {
   return block.sum[round];
 }
 
-const Words* exchange(uint32_t mask, const uint64_t* words, int count, void (*combine)(Words*), const char* name,
-                      Site site) {
+const Words* exchange(uint32_t mask, const uint64_t* words, int count, void (*combine)(Words*),
+                      const char* name, Site site) {
   Meeting& meeting = join(mask, name, site);
   const int round = meeting.round;
   for (int i = 0; i < count; ++i) meeting.words[round][current->lane][i] = words[i];
