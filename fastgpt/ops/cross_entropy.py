@@ -32,7 +32,7 @@ from fastgpt.ops.checks import (
     last_dimension,
     out_of_range,
 )
-from fastgpt.ops.library import Kernels, Operator, add_triton, check_dtypes
+from fastgpt.ops.library import Kernels, Operator, add_native, add_triton, check_dtypes
 from fastgpt.ops.registry import Cost, register, select
 
 
@@ -140,6 +140,7 @@ CROSS_ENTROPY = Operator(
     gradients=_gradients,
 )
 add_triton(CROSS_ENTROPY, "cross_entropy")
+add_native(CROSS_ENTROPY)
 
 
 def check_options(

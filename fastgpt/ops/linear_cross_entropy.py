@@ -33,7 +33,7 @@ from fastgpt.ops.checks import (
 from fastgpt.ops.cross_entropy import check_options
 from fastgpt.ops.cross_entropy import cost as cross_entropy_cost
 from fastgpt.ops.cross_entropy import reference as cross_entropy_reference
-from fastgpt.ops.library import Kernels, Operator, add_triton, check_dtypes
+from fastgpt.ops.library import Kernels, Operator, add_native, add_triton, check_dtypes
 from fastgpt.ops.registry import Cost, register, select
 
 
@@ -169,6 +169,7 @@ LINEAR_CROSS_ENTROPY = Operator(
     gradients=_gradients,
 )
 add_triton(LINEAR_CROSS_ENTROPY, "linear_cross_entropy")
+add_native(LINEAR_CROSS_ENTROPY)
 
 
 def linear_cross_entropy(
