@@ -9,6 +9,7 @@ typedef float Vec __attribute__((vector_size(FASTGPT_VECTOR_BYTES)));
 typedef int32_t IntVec __attribute__((vector_size(FASTGPT_VECTOR_BYTES)));  // and what comparisons give
 typedef uint32_t Bits __attribute__((vector_size(FASTGPT_VECTOR_BYTES)));
 typedef uint16_t HalfBits __attribute__((vector_size(FASTGPT_VECTOR_BYTES / 2)));
+typedef uint64_t Wide __attribute__((vector_size(FASTGPT_VECTOR_BYTES)));
 
 inline Vec splat(float x) { return Vec{} + x; }
 inline Bits as_bits(Vec x) { return (Bits)x; }
@@ -105,6 +106,7 @@ inline Vec fma(Vec a, Vec b, Vec c) {
 #endif
 }
 
+inline Vec abs(Vec x) { return as_float(as_bits(x) & 0x7fffffffu); }
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 
 // In a fixed order: halves are added to halves.
@@ -150,6 +152,54 @@ inline Vec exp(Vec x) {
   y = x > 88.7228394f ? splat(std::numeric_limits<float>::infinity()) : y;
   y = x < -87.3365479f ? Vec{} : y;
   return x == x ? y : x;
+}
+
+// The products of the low halves.
+inline Wide multiply_low(Wide a, Wide b) {
+#if FASTGPT_VECTOR_BYTES == 64
+  return (Wide)_mm512_maskz_mul_epu32(0xff, (__m512i)a, (__m512i)b);  // GCC 12 warns of the plain one
+#elif FASTGPT_VECTOR_BYTES == 32
+  return (Wide)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+#elif defined(FASTGPT_X86)
+  return (Wide)_mm_mul_epu32((__m128i)a, (__m128i)b);
+#else
+  return (a & 0xffffffffu) * (b & 0xffffffffu);
+#endif
+}
+
+struct RandomWords {
+  Bits words[4];
+};
+
+// Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): four random words
+// for each lane, of the counters (first + lane, second, 0, 0), with the seed as key. Counters are in the low
+// halves of 64-bit lanes, where products are whole, the even lanes first and then the odd ones; what comes
+// into the high halves is not used.
+inline RandomWords philox(int64_t seed, uint32_t first, uint32_t second) {
+  Wide results[2][4];
+  for (uint32_t odd = 0; odd < 2; ++odd) {
+    Wide c0 = {}, c1 = Wide{} + second, c2 = {}, c3 = {};
+    for (uint32_t i = 0; i < kWidth / 2; ++i) c0[i] = first + 2 * i + odd;
+    uint32_t key0 = static_cast<uint32_t>(seed),
+             key1 = static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32);
+    for (int round = 0; round < 10; ++round) {
+      const Wide product0 = multiply_low(c0, Wide{} + 0xd2511f53u);
+      const Wide product1 = multiply_low(c2, Wide{} + 0xcd9e8d57u);
+      c0 = (product1 >> 32) ^ c1 ^ static_cast<uint64_t>(key0);
+      c2 = (product0 >> 32) ^ c3 ^ static_cast<uint64_t>(key1);
+      c1 = product1;
+      c3 = product0;
+      key0 += 0x9e3779b9u;
+      key1 += 0xbb67ae85u;
+    }
+    results[odd][0] = c0;
+    results[odd][1] = c1;
+    results[odd][2] = c2;
+    results[odd][3] = c3;
+  }
+  RandomWords out;
+  for (int k = 0; k < 4; ++k) out.words[k] = (Bits)((results[0][k] & 0xffffffffu) | (results[1][k] << 32));
+  return out;
 }
 
 }  // namespace fastgpt::FASTGPT_ISA

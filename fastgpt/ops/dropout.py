@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt.ops.checks import check_dropout, check_floating, check_shape
-from fastgpt.ops.library import Kernels, Operator, add_triton, check_dtypes
+from fastgpt.ops.library import Kernels, Operator, add_native, add_triton, check_dtypes
 from fastgpt.ops.registry import Cost, register, select
 
 
@@ -66,6 +66,7 @@ DROPOUT_ADD = Operator(
     call=_call,
 )
 add_triton(DROPOUT_ADD, "dropout")
+add_native(DROPOUT_ADD)
 
 
 def dropout_add(

@@ -25,7 +25,7 @@ from fastgpt.ops.checks import (
     check_shape,
     out_of_range,
 )
-from fastgpt.ops.library import Kernels, Operator, add_triton, check_dtypes
+from fastgpt.ops.library import Kernels, Operator, add_native, add_triton, check_dtypes
 from fastgpt.ops.registry import Cost, register, select
 
 
@@ -88,6 +88,7 @@ EMBEDDING = Operator(
     call=_call,
 )
 add_triton(EMBEDDING, "embedding")
+add_native(EMBEDDING)
 
 
 def embedding(

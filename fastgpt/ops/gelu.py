@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fastgpt.errors import InputError
 from fastgpt.ops.checks import check_choice, check_floating, check_ndim, check_shape, last_dimension
-from fastgpt.ops.library import Kernels, Operator, add_triton, check_dtypes
+from fastgpt.ops.library import Kernels, Operator, add_native, add_triton, check_dtypes
 from fastgpt.ops.registry import Cost, register, select
 
 APPROXIMATE = ("tanh", "none")
@@ -181,6 +181,9 @@ LINEAR_GELU = Operator(
 add_triton(GELU, "gelu")
 add_triton(BIAS_GELU, "gelu")
 add_triton(LINEAR_GELU, "linear_gelu")
+add_native(GELU)
+add_native(BIAS_GELU)
+add_native(LINEAR_GELU)
 
 
 def gelu(x: Tensor, *, approximate: str = "tanh", backend: str | None = None) -> Tensor:
