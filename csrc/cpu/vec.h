@@ -107,6 +107,10 @@ inline Vec fma(Vec a, Vec b, Vec c) {
 }
 
 inline Vec abs(Vec x) { return as_float(as_bits(x) & 0x7fffffffu); }
+inline Vec sqrt(Vec x) {
+  for (int64_t i = 0; i < kWidth; ++i) x[i] = std::sqrt(x[i]);
+  return x;
+}
 inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 
 // In a fixed order: halves are added to halves.

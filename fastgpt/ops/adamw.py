@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fastgpt.errors import InputError
 from fastgpt.ops.checks import check_floating, check_shape
-from fastgpt.ops.library import Kernels, Operator, add_triton, check_dtypes
+from fastgpt.ops.library import Kernels, Operator, add_native, add_triton, check_dtypes
 from fastgpt.ops.registry import Cost, register, select
 
 HYPER = ("lr", "beta1", "beta2", "eps", "weight_decay")
@@ -145,6 +145,8 @@ GRAD_NORM = Operator(
 )
 add_triton(ADAMW, "adamw")
 add_triton(GRAD_NORM, "adamw")
+add_native(ADAMW)
+add_native(GRAD_NORM)
 
 
 @torch.no_grad()
