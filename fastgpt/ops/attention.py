@@ -33,7 +33,7 @@ from torch import Tensor
 
 from fastgpt.errors import InputError
 from fastgpt.ops.checks import check_at_least, check_dropout, check_floating, check_ndim, check_shape
-from fastgpt.ops.library import Kernels, Operator, add_triton, check_dtypes
+from fastgpt.ops.library import Kernels, Operator, add_native, add_triton, check_dtypes
 from fastgpt.ops.registry import Cost, register, select
 
 WIDEST_HEAD = 256  # as far as the registers of a program hold q, o and their gradients
@@ -161,6 +161,7 @@ ATTENTION = Operator(
     call=_call,
 )
 add_triton(ATTENTION, "attention")
+add_native(ATTENTION)
 
 
 def causal_attention(
