@@ -86,6 +86,17 @@ inline void Dropout::keep(int64_t n, IntVec (&kept)[4][kVecs]) const {
   }
 }
 
+// s (depth rows, kLanes) = a b, where a is (depth rows, width) and b (width, kBlock), in steps of kStep
+// columns: one long chain of additions would lose twice as much to rounding.
+template <int64_t STRIDE>
+inline void scores(const float* a, int64_t a_stride, const float* b, float* s, int64_t rows, int64_t width) {
+  constexpr int64_t kStep = 32;
+  multiply_rows<kVecs, false, Start::kZero>(a, a_stride, b, kBlock, s, STRIDE, rows, std::min(kStep, width));
+  for (int64_t d = kStep; d < width; d += kStep)
+    multiply_rows<kVecs, false, Start::kAdd>(a + d, a_stride, b + d * kBlock, kBlock, s, STRIDE, rows,
+                                             std::min(kStep, width - d));
+}
+
 // Running maximum and sum of a group.
 struct Softmax {
   Vec top[kVecs], total[kVecs], factor[kVecs];
@@ -154,8 +165,7 @@ void attention_forward(const Attention<T>& a, int64_t b, int64_t h, int64_t bloc
       const Seen part = seen(position + g, std::min(kLanes, count - g), tile, a.window);
       if (part.low >= part.high) continue;
       const int64_t depth = part.high - part.low;
-      multiply_rows<kVecs, false, Start::kZero>(k + part.low * width, width, qt + g, kBlock,
-                                                s + part.low * kLanes, kLanes, depth, a.width);
+      scores<kLanes>(k + part.low * width, width, qt + g, s + part.low * kLanes, depth, a.width);
       mask(s, kLanes, part);
       Softmax& running = softmax[g / kLanes];
       running.take(s, part);
@@ -357,8 +367,7 @@ void attention_backward(const Attention<T>& a, int64_t b, int64_t h, int64_t fir
         const Seen part = seen(position + g, std::min(kLanes, count - g), tile, a.window);
         if (part.low >= part.high) continue;
         const int64_t depth = part.high - part.low, at = part.low * kBlock + g;
-        multiply_rows<kVecs, false, Start::kZero>(k + part.low * width, width, qt + g, kBlock, s + at, kBlock,
-                                                  depth, a.width);
+        scores<kBlock>(k + part.low * width, width, qt + g, s + at, depth, a.width);
         multiply_rows<kVecs, false, Start::kZero>(v + part.low * width, width, dot + g, kBlock, ds + at,
                                                   kBlock, depth, a.width);
         mask(s + g, kBlock, part);

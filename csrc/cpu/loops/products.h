@@ -14,14 +14,7 @@ enum class Start { kZero, kAdd, kScale };
 template <int64_t VECS, bool A_BY_COLUMNS, Start START>
 inline void multiply_registers(const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c,
                                int64_t c_stride, int64_t depth, const Vec* factor) {
-  Vec sums[kRows][VECS];
-#pragma GCC unroll 8
-  for (int64_t r = 0; r < kRows; ++r)
-#pragma GCC unroll 4
-    for (int64_t i = 0; i < VECS; ++i) {
-      sums[r][i] = START == Start::kZero ? Vec{} : load(c + r * c_stride + i * kWidth);
-      if (START == Start::kScale) sums[r][i] *= factor[i];
-    }
+  Vec sums[kRows][VECS] = {};
   for (int64_t k = 0; k < depth; ++k) {
     Vec row[VECS];
 #pragma GCC unroll 4
@@ -36,7 +29,12 @@ inline void multiply_registers(const float* a, int64_t a_stride, const float* b,
 #pragma GCC unroll 8
   for (int64_t r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
-    for (int64_t i = 0; i < VECS; ++i) store(c + r * c_stride + i * kWidth, sums[r][i]);
+    for (int64_t i = 0; i < VECS; ++i) {
+      float* const at = c + r * c_stride + i * kWidth;
+      if (START == Start::kAdd) sums[r][i] += load(at);
+      if (START == Start::kScale) sums[r][i] = fma(load(at), factor[i], sums[r][i]);
+      store(at, sums[r][i]);
+    }
 }
 
 // The same for `rows` rows, a multiple of kRows.
