@@ -7,8 +7,7 @@ run: it builds the kernels, their launchers and their bindings with g++ against 
     python tests/cuda_emulator.py address|thread [pytest's arguments]     tests of the rows under a sanitizer
 
 Environment: FASTGPT_EMULATOR_ONLY=gelu,dropout builds the files that begin so; FASTGPT_EMULATOR_SCHEDULE is
-the order of threads (tests/cuda/emulator/runtime.cpp); FASTGPT_EMULATOR_SANITIZER=address|thread needs that
-sanitizer's library in the process from its start, which the command above sees to.
+the order of threads, one of SCHEDULES or another seed; FASTGPT_EMULATOR_LIBRARY, a library to use as it is.
 """
 
 from __future__ import annotations
@@ -40,6 +39,7 @@ CUDA = ROOT / "csrc/cuda"
 EMULATOR = ROOT / "tests/cuda/emulator"
 BUILD = ROOT / "build/emulator"
 NAMESPACE = "fastgpt_emulated"
+LIBRARY = "FASTGPT_EMULATOR_LIBRARY"
 SANITIZERS = {
     "": [],
     "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"],
@@ -53,10 +53,6 @@ SCHEDULES = [
     "random:1:late",
     "random:2:early",
 ]
-
-
-def sanitizer() -> str:
-    return os.environ.get("FASTGPT_EMULATOR_SANITIZER", "")
 
 
 def toolkit() -> Path | None:
@@ -74,6 +70,8 @@ def toolkit() -> Path | None:
 
 def absent() -> str | None:
     """Why nothing can be emulated here, or None."""
+    if LIBRARY in os.environ:
+        return None
     if shutil.which("g++") is None:
         return "the emulator needs g++"
     if toolkit() is None:
@@ -139,25 +137,24 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def build(files: Sequence[Path], name: str, checked: str = "", jobs: int = 2) -> Path:
-    """A shared library of the emulator and `files`, built in parts that are kept."""
+    """A shared library (`lib...`) or a program of the emulator and `files`, built in parts that are kept."""
     folder = BUILD / (checked or "plain")
     with locked(folder):
         parts = [EMULATOR / "runtime.cpp", EMULATOR / "copy.cpp", *files]
         with ThreadPoolExecutor(jobs) as pool:
             objects = list(pool.map(lambda part: compile_source(part, folder, checked), parts))
-        key = hashlib.sha256("".join(f"{o}{o.with_suffix('.stamp').read_text()}" for o in objects).encode())
+        digest = hashlib.sha256()
+        for part in objects:
+            digest.update(part.with_suffix(".stamp").read_bytes())
         # Named for its contents: a process may still run what was built before.
-        out = folder / f"lib{name}-{key.hexdigest()[:16]}.so"
+        out = folder / f"{name}-{digest.hexdigest()[:16]}"
         if not out.exists():
-            for old in folder.glob(f"lib{name}-*.so"):
+            for old in folder.glob(f"{name}-*"):
                 old.unlink()
-            lib = Path(torch.__file__).parent / "lib"
-            link = (
-                [f"-L{lib}", "-lc10", "-ltorch_cpu"]
-                if any(f.name.endswith("_ops.cpp") for f in files)
-                else []
-            )
-            run(["g++", "-shared", *SANITIZERS[checked], *map(str, objects), *link, "-o", str(out)])
+            link = ["-shared"] if name.startswith("lib") else []
+            if any(file.name.endswith("_ops.cpp") for file in files):
+                link += [f"-L{Path(torch.__file__).parent / 'lib'}", "-lc10", "-ltorch_cpu"]
+            run(["g++", *SANITIZERS[checked], *map(str, objects), *link, "-o", str(out)])
     return out
 
 
@@ -166,7 +163,7 @@ def loaded() -> ctypes.CDLL:
     """The library of all kernels; loading it registers the bindings with PyTorch."""
     if reason := absent():
         raise InputError(reason)
-    path = build(sources(), "kernels", sanitizer())
+    path = os.environ.get(LIBRARY) or build(sources(), "libkernels")
     torch.ops.load_library(str(path))
     return ctypes.CDLL(str(path))
 
@@ -217,18 +214,19 @@ def register_rows() -> None:
         registry.register(operator.name, "emulated", functools.partial(operator.call, kernels), missing)
 
 
+OPTIONS = {
+    # Python and PyTorch are not instrumented, and keep memory to the end.
+    "ASAN_OPTIONS": "detect_leaks=0",
+    "UBSAN_OPTIONS": "print_stacktrace=1",
+    "TSAN_OPTIONS": "halt_on_error=1:ignore_noninstrumented_modules=1",
+}
+
+
 def environment(checked: str) -> dict[str, str]:
-    """In which a process runs the kernels under a sanitizer."""
+    """In which Python runs the kernels under a sanitizer, whose library must be there from the start."""
     found = subprocess.run(["g++", f"-print-file-name=lib{checked[0]}san.so"], capture_output=True, text=True)
-    return {
-        **os.environ,
-        "FASTGPT_EMULATOR_SANITIZER": checked,
-        "LD_PRELOAD": found.stdout.strip(),
-        # Python and PyTorch are not instrumented, and keep memory to the end.
-        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0",
-        "UBSAN_OPTIONS": "print_stacktrace=1",
-        "TSAN_OPTIONS": "halt_on_error=1:ignore_noninstrumented_modules=1:report_signal_unsafe=0",
-    }
+    path = build(sources(), "libkernels", checked)
+    return {**os.environ, **OPTIONS, LIBRARY: str(path), "LD_PRELOAD": found.stdout.strip()}
 
 
 def main() -> None:

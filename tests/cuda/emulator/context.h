@@ -31,14 +31,14 @@ inline void acquire(void*) {}
 
 inline void forbid(void* from, size_t bytes) {
 #ifdef EMULATOR_ADDRESS_SANITIZER
-  ASAN_POISON_MEMORY_REGION(from, bytes);
+  __asan_poison_memory_region(from, bytes);
 #else
   static_cast<void>(from), static_cast<void>(bytes);
 #endif
 }
 inline void allow(void* from, size_t bytes) {
 #ifdef EMULATOR_ADDRESS_SANITIZER
-  ASAN_UNPOISON_MEMORY_REGION(from, bytes);
+  __asan_unpoison_memory_region(from, bytes);
 #else
   static_cast<void>(from), static_cast<void>(bytes);
 #endif

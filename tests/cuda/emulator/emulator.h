@@ -27,12 +27,8 @@
 #define FASTGPT_DYNAMIC_SHARED(name) unsigned char* const name = ::emulator::dynamic_shared()
 #define FASTGPT_CHECK_ALIGNED(pointer, bytes) ::emulator::check_aligned(pointer, bytes, EMULATOR_HERE)
 
-// As the default of a parameter: where the caller is.
-#define EMULATOR_CALLER \
-  ::emulator::Site { __builtin_FILE(), __builtin_LINE() }
-#define EMULATOR_HERE \
-  ::emulator::Site { __FILE__, __LINE__ }
-
+// Where the code is; as the default of a parameter, where the caller is.
+#define EMULATOR_HERE ::emulator::Site::here()
 #define __launch_bounds__(...)
 
 constexpr int warpSize = 32;
@@ -97,94 +93,93 @@ T update(T* address, Site site, Change change) {
 
 }  // namespace emulator
 
-inline void __syncthreads(emulator::Site site = EMULATOR_CALLER) {
+inline void __syncthreads(emulator::Site site = EMULATOR_HERE) {
   emulator::barrier(0, "__syncthreads", site);
 }
-inline int __syncthreads_count(int predicate, emulator::Site site = EMULATOR_CALLER) {
+inline int __syncthreads_count(int predicate, emulator::Site site = EMULATOR_HERE) {
   return emulator::barrier(predicate != 0, "__syncthreads_count", site);
 }
-inline int __syncthreads_or(int predicate, emulator::Site site = EMULATOR_CALLER) {
+inline int __syncthreads_or(int predicate, emulator::Site site = EMULATOR_HERE) {
   return emulator::barrier(predicate != 0, "__syncthreads_or", site) != 0;
 }
-inline int __syncthreads_and(int predicate, emulator::Site site = EMULATOR_CALLER) {
+inline int __syncthreads_and(int predicate, emulator::Site site = EMULATOR_HERE) {
   return emulator::barrier(predicate == 0, "__syncthreads_and", site) == 0;
 }
-inline void __syncwarp(uint32_t mask = 0xffffffffu, emulator::Site site = EMULATOR_CALLER) {
+inline void __syncwarp(uint32_t mask = 0xffffffffu, emulator::Site site = EMULATOR_HERE) {
   emulator::warp_barrier(mask, site);
 }
 
 template <typename T>
-T __shfl_sync(uint32_t mask, T value, int source, int width = warpSize,
-              emulator::Site site = EMULATOR_CALLER) {
+T __shfl_sync(uint32_t mask, T value, int source, int width = warpSize, emulator::Site site = EMULATOR_HERE) {
   const int lane = emulator::first_lane(width) + (source & (width - 1));
   return emulator::shuffle(mask, value, lane, "__shfl_sync", site);
 }
 template <typename T>
 T __shfl_xor_sync(uint32_t mask, T value, int bits, int width = warpSize,
-                  emulator::Site site = EMULATOR_CALLER) {
+                  emulator::Site site = EMULATOR_HERE) {
   const int own = emulator::current->lane, lane = own ^ bits;
   const bool outside = lane >= emulator::first_lane(width) + width;
   return emulator::shuffle(mask, value, outside ? own : lane, "__shfl_xor_sync", site);
 }
 template <typename T>
 T __shfl_down_sync(uint32_t mask, T value, unsigned delta, int width = warpSize,
-                   emulator::Site site = EMULATOR_CALLER) {
+                   emulator::Site site = EMULATOR_HERE) {
   const int own = emulator::current->lane, lane = own + static_cast<int>(delta);
   const bool outside = lane >= emulator::first_lane(width) + width;
   return emulator::shuffle(mask, value, outside ? own : lane, "__shfl_down_sync", site);
 }
 template <typename T>
 T __shfl_up_sync(uint32_t mask, T value, unsigned delta, int width = warpSize,
-                 emulator::Site site = EMULATOR_CALLER) {
+                 emulator::Site site = EMULATOR_HERE) {
   const int own = emulator::current->lane, lane = own - static_cast<int>(delta);
   const bool outside = lane < emulator::first_lane(width);
   return emulator::shuffle(mask, value, outside ? own : lane, "__shfl_up_sync", site);
 }
-inline uint32_t __ballot_sync(uint32_t mask, int predicate, emulator::Site site = EMULATOR_CALLER) {
+inline uint32_t __ballot_sync(uint32_t mask, int predicate, emulator::Site site = EMULATOR_HERE) {
   return emulator::ballot(mask, predicate != 0, "__ballot_sync", site);
 }
-inline int __any_sync(uint32_t mask, int predicate, emulator::Site site = EMULATOR_CALLER) {
+inline int __any_sync(uint32_t mask, int predicate, emulator::Site site = EMULATOR_HERE) {
   return emulator::ballot(mask, predicate != 0, "__any_sync", site) != 0;
 }
-inline int __all_sync(uint32_t mask, int predicate, emulator::Site site = EMULATOR_CALLER) {
+inline int __all_sync(uint32_t mask, int predicate, emulator::Site site = EMULATOR_HERE) {
   return emulator::ballot(mask, predicate != 0, "__all_sync", site) == mask;
 }
 
 template <typename T>
-T atomicAdd(T* address, T value, emulator::Site site = EMULATOR_CALLER) {
+T atomicAdd(T* address, T value, emulator::Site site = EMULATOR_HERE) {
   return emulator::update(address, site, [value](T old) { return old + value; });
 }
 template <typename T>
-T atomicMax(T* address, T value, emulator::Site site = EMULATOR_CALLER) {
+T atomicMax(T* address, T value, emulator::Site site = EMULATOR_HERE) {
   return emulator::update(address, site, [value](T old) { return std::max(old, value); });
 }
 template <typename T>
-T atomicMin(T* address, T value, emulator::Site site = EMULATOR_CALLER) {
+T atomicMin(T* address, T value, emulator::Site site = EMULATOR_HERE) {
   return emulator::update(address, site, [value](T old) { return std::min(old, value); });
 }
 template <typename T>
-T atomicExch(T* address, T value, emulator::Site site = EMULATOR_CALLER) {
+T atomicExch(T* address, T value, emulator::Site site = EMULATOR_HERE) {
   return emulator::update(address, site, [value](T) { return value; });
 }
 template <typename T>
-T atomicCAS(T* address, T expected, T value, emulator::Site site = EMULATOR_CALLER) {
+T atomicCAS(T* address, T expected, T value, emulator::Site site = EMULATOR_HERE) {
   return emulator::update(address, site, [=](T old) { return old == expected ? value : old; });
 }
 inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 inline void __threadfence_block() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 
 // Cache hints change no value.
-#define EMULATOR_LOAD(name)                                      \
-  template <typename T>                                          \
-  T name(const T* from, emulator::Site site = EMULATOR_CALLER) { \
-    emulator::check_aligned(from, alignof(T), site);             \
-    return *from;                                                \
+#define EMULATOR_LOAD(name)                                    \
+  template <typename T>                                        \
+  T name(const T* from, emulator::Site site = EMULATOR_HERE) { \
+    emulator::check_aligned(from, alignof(T), site);           \
+    return *from;                                              \
   }
-#define EMULATOR_STORE(name)                                         \
-  template <typename T>                                              \
-  void name(T* to, T value, emulator::Site site = EMULATOR_CALLER) { \
-    emulator::check_aligned(to, alignof(T), site);                   \
-    *to = value;                                                     \
+#define EMULATOR_STORE(name)                                       \
+  template <typename T>                                            \
+  void name(T* to, T value, emulator::Site site = EMULATOR_HERE) { \
+    emulator::check_aligned(to, alignof(T), site);                 \
+    *to = value;                                                   \
   }
 EMULATOR_LOAD(__ldg)
 EMULATOR_LOAD(__ldca)

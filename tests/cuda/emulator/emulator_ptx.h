@@ -36,8 +36,7 @@ void multiply(Words* words) {
 }
 
 template <typename T>
-void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
-                  Site site = EMULATOR_CALLER) {
+void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Site site = EMULATOR_HERE) {
   const auto pair = [](uint32_t low, uint32_t high) { return low | static_cast<uint64_t>(high) << 32; };
   const uint64_t own[3] = {pair(a[0], a[1]), pair(a[2], a[3]), pair(b[0], b[1])};
   const Words* sums = emulator::exchange(kFullWarp, own, 3, multiply<T>, "mma_m16n8k16", site);
@@ -67,20 +66,20 @@ void ldmatrix(uint32_t (&out)[kCount], const void* shared, bool transposed, cons
   }
 }
 
-inline void ldmatrix_x4(uint32_t (&out)[4], const void* shared, Site site = EMULATOR_CALLER) {
+inline void ldmatrix_x4(uint32_t (&out)[4], const void* shared, Site site = EMULATOR_HERE) {
   ldmatrix(out, shared, false, "ldmatrix_x4", site);
 }
-inline void ldmatrix_x4_trans(uint32_t (&out)[4], const void* shared, Site site = EMULATOR_CALLER) {
+inline void ldmatrix_x4_trans(uint32_t (&out)[4], const void* shared, Site site = EMULATOR_HERE) {
   ldmatrix(out, shared, true, "ldmatrix_x4_trans", site);
 }
-inline void ldmatrix_x2(uint32_t (&out)[2], const void* shared, Site site = EMULATOR_CALLER) {
+inline void ldmatrix_x2(uint32_t (&out)[2], const void* shared, Site site = EMULATOR_HERE) {
   ldmatrix(out, shared, false, "ldmatrix_x2", site);
 }
-inline void ldmatrix_x2_trans(uint32_t (&out)[2], const void* shared, Site site = EMULATOR_CALLER) {
+inline void ldmatrix_x2_trans(uint32_t (&out)[2], const void* shared, Site site = EMULATOR_HERE) {
   ldmatrix(out, shared, true, "ldmatrix_x2_trans", site);
 }
 
-inline void cp_async_16(void* shared, const void* global, bool valid, Site site = EMULATOR_CALLER) {
+inline void cp_async_16(void* shared, const void* global, bool valid, Site site = EMULATOR_HERE) {
   emulator::check_aligned(shared, 16, site);
   emulator::check_aligned(global, 16, site);
   emulator::check_shared(shared, 16, "cp_async_16", site);

@@ -12,6 +12,10 @@ namespace emulator {
 struct Site {
   const char* file;
   int line;
+
+  static constexpr Site here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+    return {file, line};
+  }
 };
 
 struct Thread {
