@@ -56,7 +56,9 @@ class Launch {
       check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  static_cast<int>(shared_)));
     }
-    kernel<<<grid_, block_, static_cast<size_t>(shared_), stream_> > >(static_cast<Parameters>(arguments)...);
+    // clang-format off
+    kernel<<<grid_, block_, static_cast<size_t>(shared_), stream_>>>(static_cast<Parameters>(arguments)...);
+    // clang-format on
     check(cudaGetLastError());
 #endif
   }
