@@ -54,7 +54,6 @@ __global__ void __launch_bounds__(L::kThreads, L::kBlocks)
   const int stop = min(offset + first_query + L::kRows, a.Tk);
   const T* const k_head = head_of<const T>(k, b, h);
   const T* const v_head = head_of<const T>(v, b, h);
-  const uint64_t seed = a.seed ? static_cast<uint64_t>(*a.seed) : 0;
 
   const Rows q_tile{shared};
   unsigned char* const stages = shared + Rows::kBytes;
@@ -140,7 +139,7 @@ __global__ void __launch_bounds__(L::kThreads, L::kBlocks)
           }
         }
         if (a.seed) {
-          const Kept kept = keep_queries<N>(a, seed, bh, own_query + 16 * r, first);
+          const Kept kept = keep_queries<N>(a, bh, own_query + 16 * r, first);
 #pragma unroll
           for (int n = 0; n < N / 8; ++n) {
 #pragma unroll

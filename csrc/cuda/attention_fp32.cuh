@@ -95,8 +95,8 @@ FASTGPT_DEVICE void store_columns(const float (&acc)[R][C], float* to, int64_t s
   }
 }
 
-FASTGPT_DEVICE bool kept(const Attention& a, uint64_t seed, int bh, int query, int key) {
-  return keep_four(seed, query, key / 4, bh, a.threshold) >> (key % 4) & 1;
+FASTGPT_DEVICE bool kept(const Attention& a, int bh, int query, int key) {
+  return keep_four(a, query, key / 4, bh) >> (key % 4) & 1;
 }
 
 FASTGPT_DEVICE float warp_max(float x) {
@@ -111,7 +111,7 @@ FASTGPT_DEVICE float warp_sum(float x) {
 }
 
 template <typename L>
-__global__ void __launch_bounds__(L::kThreads)
+__global__ void __launch_bounds__(L::kThreads, 4)
     attention_forward_fp32_kernel(const Attention a, const Heads q, const Heads k, const Heads v, float* o,
                                   float* lse) {
   constexpr int R = L::R, C = L::C;
@@ -128,7 +128,6 @@ __global__ void __launch_bounds__(L::kThreads)
   const int own_query = first_query + warp * R, position = a.Tk - a.Tq + own_query;
   const int start = max(a.Tk - a.Tq + first_query - a.window + 1, 0) / kWarpSize * kWarpSize;
   const int stop = min(a.Tk - a.Tq + first_query + L::kRows, a.Tk);
-  const uint64_t seed = a.seed ? static_cast<uint64_t>(*a.seed) : 0;
   const float scale2 = a.scale * kLog2e;
   load_own<L>(own, head_of<const float>(q, b, h), q.token, first_query, a.Tq, D);
 
@@ -153,7 +152,7 @@ __global__ void __launch_bounds__(L::kThreads)
       total[r] = fmaf(total[r], shrink, s[r]);  // of this lane's keys
 #pragma unroll
       for (int c = 0; c < C; ++c) acc[r][c] *= shrink;
-      if (a.seed && !kept(a, seed, bh, own_query + r, key)) s[r] = 0.0f;
+      if (a.seed && !kept(a, bh, own_query + r, key)) s[r] = 0.0f;
     }
     share(w, s);
     __syncwarp();
@@ -175,6 +174,137 @@ __global__ void __launch_bounds__(L::kThreads)
   }
   const int64_t stride = static_cast<int64_t>(a.H) * D;
   store_columns(acc, o + (static_cast<int64_t>(b) * a.Tq * stride + h * D), stride, own_query, a.Tq, D);
+}
+
+// dq, and delta for the kernel below.
+template <typename L>
+__global__ void __launch_bounds__(L::kThreads, 4)
+    attention_backward_queries_fp32_kernel(const Attention a, const float* d_out, const Heads q,
+                                           const Heads k, const Heads v, const float* o, const float* lse,
+                                           float* delta, const Heads dq) {
+  constexpr int R = L::R, C = L::C;
+  FASTGPT_DYNAMIC_SHARED(shared);
+  const int D = a.D, warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  float* const w = reinterpret_cast<float*>(shared) + warp * kWarpSize * R;
+  float* const own = reinterpret_cast<float*>(shared) + kWarpSize * L::kRows;
+  float* const outs = own + L::kRows * D;
+  float* const keys = outs + L::kRows * D;
+  float* const values = keys + kWarpSize * (D | 1);
+
+  const int blocks = (a.Tq + L::kRows - 1) / L::kRows;
+  const int bh = blockIdx.x / blocks, b = bh / a.H, h = bh % a.H;
+  const int first_query = (blocks - 1 - static_cast<int>(blockIdx.x % blocks)) * L::kRows;
+  const int own_query = first_query + warp * R, position = a.Tk - a.Tq + own_query;
+  const int start = max(a.Tk - a.Tq + first_query - a.window + 1, 0) / kWarpSize * kWarpSize;
+  const int stop = min(a.Tk - a.Tq + first_query + L::kRows, a.Tk);
+  const int64_t o_stride = static_cast<int64_t>(a.H) * D;
+  const int64_t o_head = static_cast<int64_t>(b) * a.Tq * o_stride + h * D;
+  const float scale2 = a.scale * kLog2e, kept_scale = 1.0f / a.keep;
+  load_own<L>(own, head_of<const float>(q, b, h), q.token, first_query, a.Tq, D);
+  load_own<L>(outs, d_out + o_head, o_stride, first_query, a.Tq, D);
+
+  float row_lse[R], row_delta[R] = {}, acc[R][C] = {};
+#pragma unroll
+  for (int r = 0; r < R; ++r) {
+    const int64_t row = o_head + (own_query + r) * o_stride;
+    const bool inside = own_query + r < a.Tq;
+    for (int d = lane; inside && d < D; d += kWarpSize)
+      row_delta[r] = fmaf(d_out[row + d], o[row + d], row_delta[r]);
+    row_delta[r] = warp_sum(row_delta[r]);
+    row_lse[r] = inside ? lse[static_cast<int64_t>(bh) * a.Tq + own_query + r] : INFINITY;  // then p = 0
+    if (lane == 0 && inside) delta[static_cast<int64_t>(bh) * a.Tq + own_query + r] = row_delta[r];
+  }
+  for (int first = start; first < stop; first += kWarpSize) {
+    load_rows<L>(keys, head_of<const float>(k, b, h), k.token, first, a.Tk, D);
+    load_rows<L>(values, head_of<const float>(v, b, h), v.token, first, a.Tk, D);
+    __syncthreads();  // the tiles are complete
+    float s[R], dp[R];
+    dot_rows(s, own + warp * D * R, keys, D);
+    dot_rows(dp, outs + warp * D * R, values, D);
+    const int key = first + lane;
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      const float p = seen(position + r, key, a.window) ? exp2f(fmaf(s[r], scale2, -row_lse[r])) : 0.0f;
+      if (a.seed) dp[r] = kept(a, bh, own_query + r, key) ? dp[r] * kept_scale : 0.0f;
+      dp[r] = p * (dp[r] - row_delta[r]);
+    }
+    share(w, dp);
+    __syncwarp();
+    add_rows(acc, w, keys, D);
+    __syncthreads();  // the tiles and w have been read
+  }
+#pragma unroll
+  for (int r = 0; r < R; ++r) {
+#pragma unroll
+    for (int c = 0; c < C; ++c) acc[r][c] *= a.scale;
+  }
+  store_columns(acc, head_of<float>(dq, b, h), dq.token, own_query, a.Tq, D);
+}
+
+template <typename L>
+__global__ void __launch_bounds__(L::kThreads, 4)
+    attention_backward_keys_fp32_kernel(const Attention a, const float* d_out, const Heads q, const Heads k,
+                                        const Heads v, const float* lse, const float* delta, const Heads dk,
+                                        const Heads dv) {
+  constexpr int R = L::R, C = L::C;
+  FASTGPT_DYNAMIC_SHARED(shared);
+  const int D = a.D, warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  float* const weights = reinterpret_cast<float*>(shared) + warp * 2 * kWarpSize * R;
+  float* const gradients = weights + kWarpSize * R;
+  float* const own = reinterpret_cast<float*>(shared) + 2 * kWarpSize * L::kRows;
+  float* const values = own + L::kRows * D;
+  float* const queries = values + L::kRows * D;
+  float* const outs = queries + kWarpSize * (D | 1);
+
+  const int blocks = (a.Tk + L::kRows - 1) / L::kRows, offset = a.Tk - a.Tq;
+  const int bh = blockIdx.x / blocks, b = bh / a.H, h = bh % a.H;
+  const int first_key = static_cast<int>(blockIdx.x % blocks) * L::kRows, own_key = first_key + warp * R;
+  const int start = max(first_key - offset, 0) / kWarpSize * kWarpSize;
+  const int stop = min(first_key + L::kRows - 1 + a.window - offset, a.Tq);
+  const int64_t o_stride = static_cast<int64_t>(a.H) * D;
+  const float* const do_head = d_out + (static_cast<int64_t>(b) * a.Tq * o_stride + h * D);
+  const float scale2 = a.scale * kLog2e, kept_scale = 1.0f / a.keep;
+  load_own<L>(own, head_of<const float>(k, b, h), k.token, first_key, a.Tk, D);
+  load_own<L>(values, head_of<const float>(v, b, h), v.token, first_key, a.Tk, D);
+
+  float dk_acc[R][C] = {}, dv_acc[R][C] = {};
+  for (int first = start; first < stop; first += kWarpSize) {
+    load_rows<L>(queries, head_of<const float>(q, b, h), q.token, first, a.Tq, D);
+    load_rows<L>(outs, do_head, o_stride, first, a.Tq, D);
+    const int query = first + lane;
+    const int64_t statistic = static_cast<int64_t>(bh) * a.Tq + query;
+    const float column_lse = query < a.Tq ? lse[statistic] : INFINITY;  // then p = 0
+    const float column_delta = query < a.Tq ? delta[statistic] : 0.0f;
+    __syncthreads();  // the tiles are complete
+    float s[R], dp[R];
+    dot_rows(s, own + warp * D * R, queries, D);
+    dot_rows(dp, values + warp * D * R, outs, D);
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+      const float p =
+          seen(offset + query, own_key + r, a.window) ? exp2f(fmaf(s[r], scale2, -column_lse)) : 0.0f;
+      s[r] = p;
+      if (a.seed) {
+        const float z = kept(a, bh, query, own_key + r) ? kept_scale : 0.0f;
+        s[r] = z * p;
+        dp[r] *= z;
+      }
+      dp[r] = p * (dp[r] - column_delta);
+    }
+    share(weights, s);
+    share(gradients, dp);
+    __syncwarp();
+    add_rows(dv_acc, weights, outs, D);
+    add_rows(dk_acc, gradients, queries, D);
+    __syncthreads();  // the tiles and what was shared have been read
+  }
+#pragma unroll
+  for (int r = 0; r < R; ++r) {
+#pragma unroll
+    for (int c = 0; c < C; ++c) dk_acc[r][c] *= a.scale;
+  }
+  store_columns(dk_acc, head_of<float>(dk, b, h), dk.token, own_key, a.Tk, D);
+  store_columns(dv_acc, head_of<float>(dv, b, h), dv.token, own_key, a.Tk, D);
 }
 
 }  // namespace fastgpt::cuda

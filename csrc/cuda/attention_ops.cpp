@@ -70,6 +70,11 @@ Attention describe(const Three& qkv, int64_t D, const std::optional<Tensor>& see
   return a;
 }
 
+// Without the columns that `prepare` added, contiguous.
+Tensor finished(const Tensor& gradient, int64_t D) {
+  return gradient.size(-1) == D ? gradient : gradient.narrow(-1, 0, D).contiguous();
+}
+
 std::tuple<Tensor, Tensor> forward(const Tensor& q, const std::optional<Tensor>& k,
                                    const std::optional<Tensor>& v, const std::optional<Tensor>& seed,
                                    double dropout_p, std::optional<double> scale,
@@ -82,7 +87,34 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const std::optional<Tensor>&
   const Tensor lse = at::empty({a.B, a.H, a.Tq}, q.options().dtype(at::kFloat));
   attention_forward(a, dtype_of(q), heads(qkv[0]), heads(qkv[1]), heads(qkv[2]), o.data_ptr(),
                     lse.data_ptr<float>(), current_stream());
-  return {a.D == D ? o : o.narrow(-1, 0, D).contiguous(), lse};
+  return {finished(o, D), lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& d_out, const Tensor& q,
+                                            const std::optional<Tensor>& k, const std::optional<Tensor>& v,
+                                            const Tensor& o, const Tensor& lse,
+                                            const std::optional<Tensor>& seed, double dropout_p,
+                                            std::optional<double> scale, std::optional<int64_t> window) {
+  const DeviceGuard guard(q);
+  const Three qkv = split(q, k, v);
+  const int64_t D = q.size(-1);
+  const Attention a = describe(qkv, D, seed, dropout_p, scale, window);
+  const Tensor outs = prepare(o.contiguous()), d_outs = prepare(d_out.to(q.scalar_type()).contiguous());
+  const Tensor rows = lse.contiguous(), delta = at::empty_like(rows);
+  const bool packed = !k.has_value();
+  Tensor all;
+  Three gradients;
+  if (packed) {
+    all = at::empty({a.B, a.Tq, 3, a.H, a.D}, q.options());
+    for (int64_t i = 0; i < 3; ++i) gradients[i] = all.select(2, i);
+  } else {
+    for (int64_t i = 0; i < 3; ++i) gradients[i] = at::empty(qkv[i].sizes(), q.options());
+  }
+  attention_backward(a, dtype_of(q), d_outs.const_data_ptr(), heads(qkv[0]), heads(qkv[1]), heads(qkv[2]),
+                     outs.const_data_ptr(), rows.const_data_ptr<float>(), delta.data_ptr<float>(),
+                     heads(gradients[0]), heads(gradients[1]), heads(gradients[2]), current_stream());
+  if (packed) return {finished(all, D), at::empty({0}, q.options()), at::empty({0}, q.options())};
+  return {finished(gradients[0], D), finished(gradients[1], D), finished(gradients[2], D)};
 }
 
 }  // namespace
@@ -100,6 +132,9 @@ uint32_t dropout_threshold(float p) {
   return low;
 }
 
-TORCH_LIBRARY_IMPL(FASTGPT_LIBRARY, FASTGPT_KEY, m) { m.impl("attention_forward", &forward); }
+TORCH_LIBRARY_IMPL(FASTGPT_LIBRARY, FASTGPT_KEY, m) {
+  m.impl("attention_forward", &forward);
+  m.impl("attention_backward", &backward);
+}
 
 }  // namespace fastgpt::cuda

@@ -36,7 +36,8 @@ FASTGPT_DEVICE bool seen(int position, int key, int window) {
 // Philox 4x32 with 7 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), in which
 // of the four numbers of 31 bits that it gives are kept: a bit each. Key number 4 * four + i is that of bit
 // i.
-FASTGPT_DEVICE uint32_t keep_four(uint64_t seed, int query, int four, int head, uint32_t threshold) {
+FASTGPT_DEVICE uint32_t keep_four(const Attention& a, int query, int four, int head) {
+  const uint64_t seed = static_cast<uint64_t>(*a.seed);
   uint32_t x0 = query, x1 = four, x2 = head, x3 = 0;
   uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
 #pragma unroll
@@ -55,7 +56,7 @@ FASTGPT_DEVICE uint32_t keep_four(uint64_t seed, int query, int four, int head, 
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const uint32_t number = words[i] >> 31 ? ~words[i] : words[i];
-    bits |= static_cast<uint32_t>(number >= threshold) << i;
+    bits |= static_cast<uint32_t>(number >= a.threshold) << i;
   }
   return bits;
 }

@@ -200,14 +200,14 @@ struct Kept {
 // which two neighbouring lanes hold, each with the queries g and g + 8: one draws for either, then they
 // exchange.
 template <int N>
-FASTGPT_DEVICE Kept keep_queries(const Attention& a, uint64_t seed, int bh, int first_query, int first_key) {
+FASTGPT_DEVICE Kept keep_queries(const Attention& a, int bh, int first_query, int first_key) {
   static_assert(N <= 64);  // bits of a word
   const int lane = threadIdx.x % kWarpSize, odd = lane % 2;
   uint32_t own = 0;
 #pragma unroll 1
   for (int n = 0; n < N / 8; ++n) {
     const int query = first_query + lane / 4 + 8 * odd, four = first_key / 4 + 2 * n + lane % 4 / 2;
-    own |= keep_four(seed, query, four, bh, a.threshold) << (4 * n);
+    own |= keep_four(a, query, four, bh) << (4 * n);
   }
   const uint32_t other = __shfl_xor_sync(kFullWarp, own, 1);
   const uint32_t low = (odd ? other : own) >> (2 * odd), high = (odd ? own : other) >> (2 * odd);
@@ -216,14 +216,14 @@ FASTGPT_DEVICE Kept keep_queries(const Attention& a, uint64_t seed, int bh, int 
 
 // Rows are keys, columns queries: each lane draws for one query and four keys, and takes from four others.
 template <int N>
-FASTGPT_DEVICE Kept keep_keys(const Attention& a, uint64_t seed, int bh, int first_query, int first_key) {
+FASTGPT_DEVICE Kept keep_keys(const Attention& a, int bh, int first_query, int first_key) {
   static_assert(N <= 64);
   const int lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
   uint32_t own = 0;
 #pragma unroll 1
   for (int n = 0; n < N / 8; ++n) {
     const int query = first_query + 8 * n + lane % 8, four = first_key / 4 + lane / 8;
-    own |= keep_four(seed, query, four, bh, a.threshold) << (4 * n);
+    own |= keep_four(a, query, four, bh) << (4 * n);
   }
   Kept kept;
 #pragma unroll
