@@ -4,7 +4,7 @@
 run: it builds the kernels, their launchers and their bindings with g++ against tests/cuda/emulator
 (docs/emulator.md), but for what has been built already, in build/emulator.
 
-    python tests/cuda_emulator.py address|thread [pytest's arguments]     tests of the rows under a sanitizer
+    python tests/cuda_emulator.py address|thread [pytest options]     tests/ops/test_emulated.py so checked
 
 Environment: FASTGPT_EMULATOR_ONLY=gelu,dropout builds the files that begin so; FASTGPT_EMULATOR_SCHEDULE is
 the order of threads, one of SCHEDULES or another seed; FASTGPT_EMULATOR_LIBRARY, a library to use as it is.
@@ -232,20 +232,8 @@ def environment(checked: str) -> dict[str, str]:
 def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1] not in ("address", "thread"):
         sys.exit(__doc__)
-    arguments = sys.argv[2:] or ["-k", "emulated"]
-    call = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-s",
-        "-n",
-        "0",
-        "-p",
-        "no:cacheprovider",
-        "tests/ops",
-        *arguments,
-    ]
+    call = [sys.executable, "-m", "pytest", "-q", "-s", "-n", "0", "-p", "no:cacheprovider"]
+    call += ["tests/ops/test_emulated.py", *sys.argv[2:]]
     sys.exit(subprocess.run(call, env=environment(sys.argv[1]), cwd=ROOT).returncode)
 
 

@@ -2,6 +2,8 @@
 #pragma once
 
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <cstdlib>
 #include <cstring>
@@ -44,12 +46,23 @@ inline void allow(void* from, size_t bytes) {
 #endif
 }
 
-// Fresh memory at `address`, or anywhere when that is null; ThreadSanitizer forgets what was there.
-inline char* map(void* address, size_t bytes) {
-  const int flags = MAP_PRIVATE | MAP_ANONYMOUS | (address != nullptr ? MAP_FIXED : 0);
-  void* mapped = mmap(address, bytes, PROT_READ | PROT_WRITE, flags, -1, 0);
-  if (mapped == MAP_FAILED) throw std::runtime_error("emulator: out of memory");
-  return static_cast<char*>(mapped);
+// Memory, zero in every byte.
+inline char* map(size_t bytes) {
+  // Asked of the kernel itself: for mmap, ThreadSanitizer would write its shadow of all these bytes.
+  const auto mapped = syscall(SYS_mmap, nullptr, bytes, PROT_READ | PROT_WRITE,
+                              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (mapped == -1) throw std::runtime_error("emulator: out of memory");
+  return reinterpret_cast<char*>(mapped);
+}
+
+// The same memory, or under ThreadSanitizer other: what it knows about a block's is forgotten with it.
+inline char* renew(char* memory, size_t bytes) {
+#ifdef EMULATOR_THREAD_SANITIZER
+  if (memory != nullptr) munmap(memory, bytes);
+  return map(bytes);
+#else
+  return memory != nullptr ? memory : map(bytes);
+#endif
 }
 
 #ifdef __x86_64__
@@ -61,16 +74,12 @@ extern "C" void emulator_switch(void** save, void* to);
 // Something that can be switched to: a fiber with a stack of its own, or the thread that called `launch`.
 class Context {
  public:
-  static constexpr size_t kStack = 128 << 10, kGuard = 4096;
+  static constexpr size_t kStack = 128 << 10;
 
-  // Makes a fiber that will run `entry`, which must not return.
-  void start(void (*entry)()) {
-    if (stack_ == nullptr) {
-      stack_ = map(nullptr, kStack + kGuard) + kGuard;
-      mprotect(stack_ - kGuard, kGuard, PROT_NONE);
-    }
+  // Makes a fiber that will run `entry`, which must not return, on kStack bytes from `stack` on.
+  void start(void (*entry)(), char* stack) {
+    stack_ = stack;
 #ifdef EMULATOR_THREAD_SANITIZER
-    map(stack_, kStack);
     sanitizer_ = __tsan_create_fiber(0);
 #endif
     allow(stack_, kStack);

@@ -49,6 +49,7 @@ namespace {
 constexpr int kWarp = 32, kMostThreads = 1024, kGap = 64;
 constexpr size_t kMostShared = 227 << 10, kMostStaticShared = 48 << 10;
 constexpr size_t kArena = 320 << 10;  // shared memory and the gaps between its arrays
+constexpr size_t kPage = 4096;
 constexpr unsigned char kPoison = 0xff, kGapFill = 0xa5;
 
 struct Schedule {
@@ -126,7 +127,8 @@ struct Block {
   int arrived = 0, sum[2] = {0, 0}, round = 0;
   const char* barrier_name = nullptr;
   Site barrier_site{};
-  char* arena = nullptr;
+  char *arena = nullptr, *stacks = nullptr;
+  int guarded = 0;  // stacks whose lowest page is forbidden
   size_t used = 0, static_bytes = 0;
   std::vector<Array> arrays;
   unsigned char* dynamic = nullptr;
@@ -294,12 +296,13 @@ void check_gap(const Array& array) {
 }
 
 void run_block(uint3 index, dim3 grid, dim3 size, size_t dynamic_bytes) {
-#ifdef EMULATOR_THREAD_SANITIZER
-  // What ordered the threads of another block must not order these: unmapped, its addresses are forgotten.
-  if (block.arena != nullptr) munmap(block.arena, kArena);
-  block.arena = nullptr;
-#endif
-  if (block.arena == nullptr) block.arena = map(nullptr, kArena);
+  block.arena = renew(block.arena, kArena);
+  char* const stacks = renew(block.stacks, kMostThreads * Context::kStack);
+  if (stacks != block.stacks) block.guarded = 0;
+  block.stacks = stacks;
+  for (; block.guarded < block.threads; ++block.guarded) {  // a kernel that needs more than its stack ends here
+    mprotect(stacks + block.guarded * Context::kStack, kPage, PROT_NONE);
+  }
   allow(block.arena, kArena);
   block.alive = block.threads;
   block.warps.assign((block.threads + kWarp - 1) / kWarp, {});
@@ -315,7 +318,7 @@ void run_block(uint3 index, dim3 grid, dim3 size, size_t dynamic_bytes) {
         {t % size.x, t / size.x % size.y, t / size.x / size.y}, index, size, grid, i % kWarp, i / kWarp};
     fiber.groups.clear();
     fiber.open.clear();
-    fiber.context.start(entry);
+    fiber.context.start(entry, block.stacks + i * Context::kStack);
     set_ready(i, true);
   }
   running = fibers[choose()].get();

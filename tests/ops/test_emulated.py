@@ -1,0 +1,60 @@
+"""The CUDA kernels in the emulator: in whatever order their threads run, the result is the same, bit for bit.
+
+`python tests/cuda_emulator.py address` (or `thread`) runs this file under a sanitizer.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import cuda_emulator
+import pytest
+import torch
+from torch import Tensor
+
+from fastgpt import ops
+from fastgpt.ops import Implementation
+
+from .helpers import CASES, Case
+from .test_operators import gradients, requiring
+
+CPU = torch.device("cpu")
+ROWS = [row for row in ops.table() if row.name == "emulated" and row.missing(CPU) is None]
+SANITIZED = cuda_emulator.LIBRARY in os.environ
+# Under ThreadSanitizer a block takes a tenth of a second: no cases of fifty blocks, which do what three do.
+MOST_ELEMENTS = 6400 if SANITIZED else 1 << 30
+
+
+def cases(row: Implementation) -> list[Case]:
+    chosen = [case for case in CASES if case.operation == row.operation]
+    return [case for case in chosen if max(x.numel() for x in case.make()) <= MOST_ELEMENTS]
+
+
+def everything(case: Case, dtype: torch.dtype) -> list[Tensor]:
+    """Outputs and gradients."""
+    inputs = requiring(case.inputs(dtype))
+    outs = case(inputs, "emulated")
+    torch.manual_seed(1)
+    grads = gradients(outs, inputs) if any(out.requires_grad for out in outs) else []
+    return [x.detach() for x in [*outs, *grads]]
+
+
+@pytest.fixture
+def any_schedule() -> Iterator[None]:
+    yield
+    cuda_emulator.set_schedule(os.environ.get("FASTGPT_EMULATOR_SCHEDULE", "greedy"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"emulated-{row.operation}")
+def test_schedules_agree(row: Implementation, dtype: torch.dtype, any_schedule: None) -> None:
+    for case in cases(row):
+        results = []
+        for schedule in ["greedy:early", "reverse:late"] if SANITIZED else cuda_emulator.SCHEDULES:
+            cuda_emulator.set_schedule(schedule)
+            results.append(everything(case, dtype))
+        for schedule, other in zip(cuda_emulator.SCHEDULES, results, strict=False):
+            for a, b in zip(results[0], other, strict=True):
+                assert torch.equal(a, b), f"{case.name}: {schedule}"
+                assert not a.isnan().any(), case.name
