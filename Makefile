@@ -8,7 +8,7 @@ BUILT  := $(VENV)/.built
 CSRC   := $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help train install test test-gpu test-slow mutants lint format clean
+.PHONY: help train install test test-gpu test-slow sanitize mutants lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -43,6 +43,10 @@ test-gpu: install  ## run the tests of the kernels on this machine's GPU instead
 	@$(BIN)/python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || \
 	  { echo "no usable CUDA GPU here: 'make test' runs the same tests in Triton's interpreter"; exit 1; }
 	$(BIN)/python -m pytest tests/ops tests/kernels tests/test_optim.py tests/test_model_implementations.py $(ARGS)
+
+sanitize: install  ## run the CUDA kernels, emulated, under the address, undefined behaviour and thread sanitizers
+	$(BIN)/python tests/cuda_emulator.py address $(ARGS)
+	$(BIN)/python tests/cuda_emulator.py thread $(ARGS)
 
 mutants: install  ## break the code in known ways, one at a time, and see that a test notices (hours)
 	$(BIN)/python tests/mutants.py -j 2 $(ARGS)
