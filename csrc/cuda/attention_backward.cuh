@@ -21,6 +21,7 @@
 #pragma once
 
 #include "cuda/attention_tiles.cuh"
+#include "cuda/reduce.cuh"
 
 namespace fastgpt::cuda {
 
@@ -62,9 +63,7 @@ FASTGPT_DEVICE float dot_row(const T* x, const T* y, int D) {
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) sum = fmaf(to_float(xs[i]), to_float(ys[i]), sum);
   }
-#pragma unroll
-  for (int bit = 16; bit > 0; bit /= 2) sum += __shfl_xor_sync(kFullWarp, sum, bit);
-  return sum;
+  return warp_sum(sum);
 }
 
 template <typename T, typename L>

@@ -16,6 +16,10 @@
 // R queries. Tiles that no query of the block sees are not read, those that none of a warp's does not
 // multiplied; only those that a warp sees in part are masked.
 //
+// Few queries (decoding) would leave most of a chip idle: there a block takes a share of the keys and writes
+// its m, total and o in fp32, and a second kernel adds up the shares. Only the first warp of a block then has
+// rows.
+//
 // Shared memory: [q | k v | k v], two stages: while a tile is multiplied, the next is on its way.
 #pragma once
 
@@ -40,8 +44,8 @@ struct ForwardLaunch {
 
 template <typename T, typename L>
 __global__ void __launch_bounds__(L::kThreads, L::kBlocks)
-    attention_forward_kernel(const Attention a, const Heads q, const Heads k, const Heads v, T* o,
-                             float* lse) {
+    attention_forward_kernel(const Attention a, const Shares shares, const Heads q, const Heads k,
+                             const Heads v, T* o, float* lse) {
   constexpr int R = L::R, N = L::N, kD = L::kD;
   using Rows = Tile<T, L::kRows, kD>;
   using Keys = Tile<T, N, kD>;
@@ -50,8 +54,12 @@ __global__ void __launch_bounds__(L::kThreads, L::kBlocks)
   const int bh = blockIdx.x / blocks, b = bh / a.H, h = bh % a.H;
   const int first_query = (blocks - 1 - static_cast<int>(blockIdx.x % blocks)) * L::kRows;
   const int offset = a.Tk - a.Tq;
-  const int start = max(offset + first_query - a.window + 1, 0) / N * N;
-  const int stop = min(offset + first_query + L::kRows, a.Tk);
+  int start = max(offset + first_query - a.window + 1, 0) / N * N;
+  int stop = min(offset + first_query + L::kRows, a.Tk);
+  if (shares.count > 1) {
+    start = max(start, shares.begin + static_cast<int>(blockIdx.y) * shares.size);
+    stop = min(stop, shares.begin + static_cast<int>(blockIdx.y + 1) * shares.size);
+  }
   const T* const k_head = head_of<const T>(k, b, h);
   const T* const v_head = head_of<const T>(v, b, h);
 
@@ -157,12 +165,39 @@ __global__ void __launch_bounds__(L::kThreads, L::kBlocks)
   for (int r = 0; r < R; ++r) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      float sum = total[r][i];
-      sum += __shfl_xor_sync(kFullWarp, sum, 1);
-      sum += __shfl_xor_sync(kFullWarp, sum, 2);
+      total[r][i] += __shfl_xor_sync(kFullWarp, total[r][i], 1);
+      total[r][i] += __shfl_xor_sync(kFullWarp, total[r][i], 2);
+    }
+  }
+  if (shares.count > 1) {
+#pragma unroll
+    for (int r = 0; r < R; ++r) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int query = own_query + 16 * r + 8 * i + g;
+        if (query >= a.Tq) continue;
+        const int64_t row = (static_cast<int64_t>(blockIdx.y) * a.B * a.H + bh) * a.Tq + query;
+        if (t == 0) shares.maxima[row] = m[r][i];
+        if (t == 0) shares.totals[row] = total[r][i];
+#pragma unroll
+        for (int n = 0; n < kD / 8; ++n) {
+          if (n * 8 >= a.D) continue;
+          const Vec<float, 2> pair{acc[r][n][2 * i], acc[r][n][2 * i + 1]};
+          store_vec(shares.parts + row * a.D + 8 * n + 2 * t, pair);
+        }
+      }
+    }
+    return;
+  }
+#pragma unroll
+  for (int r = 0; r < R; ++r) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
       const int query = own_query + 16 * r + 8 * i + g;
-      if (t == 0 && query < a.Tq) lse[static_cast<int64_t>(bh) * a.Tq + query] = m[r][i] + log2f(sum);
-      const float inverse = 1.0f / (sum * a.keep);
+      if (t == 0 && query < a.Tq) {
+        lse[static_cast<int64_t>(bh) * a.Tq + query] = m[r][i] + log2f(total[r][i]);
+      }
+      const float inverse = 1.0f / (total[r][i] * a.keep);
 #pragma unroll
       for (int n = 0; n < kD / 8; ++n) {
         acc[r][n][2 * i] *= inverse;
@@ -173,6 +208,25 @@ __global__ void __launch_bounds__(L::kThreads, L::kBlocks)
   const int64_t stride = static_cast<int64_t>(a.H) * a.D;
   T* const o_head = o + (static_cast<int64_t>(b) * a.Tq * stride + h * a.D);
   store_rows(acc, q_tile, own_row, o_head, stride, first_query, a.Tq, a.D);
+}
+
+// Adds up what the shares left, in order: a block for each query of a head, a thread for each column.
+//
+//     m = max_s m_s,   total = sum_s 2^(m_s - m) total_s,   o = sum_s 2^(m_s - m) o_s / total
+template <typename T>
+__global__ void attention_combine_kernel(const Attention a, const Shares shares, T* o, float* lse) {
+  const int64_t rows = static_cast<int64_t>(a.B) * a.H * a.Tq, row = blockIdx.x;
+  float m = -INFINITY, total = 0.0f, sum = 0.0f;
+  for (int share = 0; share < shares.count; ++share) m = fmaxf(m, shares.maxima[share * rows + row]);
+  const int d = threadIdx.x;
+  for (int share = 0; share < shares.count; ++share) {
+    const float weight = ptx::exp2(shares.maxima[share * rows + row] - m);
+    total = fmaf(weight, shares.totals[share * rows + row], total);
+    if (d < a.D) sum = fmaf(weight, shares.parts[(share * rows + row) * a.D + d], sum);
+  }
+  if (d == 0) lse[row] = m + log2f(total);
+  const int64_t query = row % a.Tq, head = row / a.Tq % a.H, batch = row / a.Tq / a.H;
+  if (d < a.D) o[((batch * a.Tq + query) * a.H + head) * a.D + d] = from_float<T>(sum / (total * a.keep));
 }
 
 }  // namespace fastgpt::cuda

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "cuda/attention_pairs.cuh"
+#include "cuda/reduce.cuh"
 
 namespace fastgpt::cuda {
 
@@ -112,11 +113,6 @@ FASTGPT_DEVICE float warp_max(float x) {
   for (int bit = 16; bit > 0; bit /= 2) x = fmaxf(x, __shfl_xor_sync(kFullWarp, x, bit));
   return x;
 }
-FASTGPT_DEVICE float warp_sum(float x) {
-#pragma unroll
-  for (int bit = 16; bit > 0; bit /= 2) x += __shfl_xor_sync(kFullWarp, x, bit);
-  return x;
-}
 
 template <typename L>
 __global__ void __launch_bounds__(L::kThreads, 4)
@@ -151,11 +147,11 @@ __global__ void __launch_bounds__(L::kThreads, 4)
     const int key = first + lane;
 #pragma unroll
     for (int r = 0; r < R; ++r) {
-      s[r] = seen(position + r, key, a.window) ? s[r] * scale2 : -INFINITY;
-      const float next = fmaxf(m[r], warp_max(s[r]));
+      if (!seen(position + r, key, a.window)) s[r] = -INFINITY;
+      const float next = fmaxf(m[r], warp_max(s[r]) * scale2);
       const float anchor = next == -INFINITY ? 0.0f : next;  // no key seen yet
       const float shrink = exp2f(m[r] - anchor);
-      s[r] = exp2f(s[r] - anchor);
+      s[r] = exp2f(fmaf(s[r], scale2, -anchor));
       m[r] = next;
       total[r] = fmaf(total[r], shrink, s[r]);  // of this lane's keys
 #pragma unroll

@@ -85,7 +85,16 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const std::optional<Tensor>&
   const Attention a = describe(qkv, D, seed, dropout_p, scale, window);
   const Tensor o = at::empty({a.B, a.Tq, a.H, a.D}, q.options());
   const Tensor lse = at::empty({a.B, a.H, a.Tq}, q.options().dtype(at::kFloat));
-  attention_forward(a, dtype_of(q), heads(qkv[0]), heads(qkv[1]), heads(qkv[2]), o.data_ptr(),
+  Shares shares = attention_shares(a, dtype_of(q), sm_count());
+  Tensor parts, statistics;  // alive until the kernels are queued
+  if (shares.count > 1) {
+    parts = at::empty({shares.count, a.B, a.H, a.Tq, a.D}, lse.options());
+    statistics = at::empty({2, shares.count, a.B, a.H, a.Tq}, lse.options());
+    shares.parts = parts.data_ptr<float>();
+    shares.maxima = statistics.data_ptr<float>();
+    shares.totals = shares.maxima + statistics.numel() / 2;
+  }
+  attention_forward(a, shares, dtype_of(q), heads(qkv[0]), heads(qkv[1]), heads(qkv[2]), o.data_ptr(),
                     lse.data_ptr<float>(), current_stream());
   return {finished(o, D), lse};
 }
