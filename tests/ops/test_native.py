@@ -21,6 +21,8 @@ from .test_operators import gradients, requiring
 
 CPU = torch.device("cpu")
 ROWS = [row for row in ops.table() if row.name == "native" and row.missing(CPU) is None]
+# The products of these are PyTorch's, whose libraries divide a sum among threads as they please.
+OWN = [row for row in ROWS if row.operation not in ("linear_gelu", "linear_cross_entropy")]
 native_rows = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.operation)
 OPERATORS = {
     value.name: value
@@ -60,7 +62,7 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(1)
 
 
-@native_rows
+@pytest.mark.parametrize("row", OWN, ids=lambda row: row.operation)
 def test_threads_do_not_change_the_result(row: Implementation, threads: None) -> None:
     """Three threads: no divisor of the numbers of rows, so that their shares differ."""
     for case in cases(row):
