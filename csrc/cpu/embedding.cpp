@@ -2,7 +2,7 @@
 //
 // Backward, each row of a gradient is summed by one thread, in the order of the batch. The tokens are sorted
 // by counting, so that a row's summands are known; work is shared out by rows to write plus rows to read,
-// since a few tokens are most of any text, and by columns, since one may be a twentieth of it.
+// since a few tokens are most of any text. The commonest is a twentieth of it, and still one thread's.
 #include <torch/library.h>
 
 #include <numeric>
@@ -18,7 +18,6 @@ namespace fastgpt {
 namespace {
 
 constexpr int64_t kGrain = 1 << 15;  // elements that are worth a thread
-constexpr int64_t kColumns = 256;    // of a thread's share at least
 
 int64_t checked(int64_t token, int64_t vocab_size) {
   TORCH_CHECK_INDEX(token >= 0 && token < vocab_size, "idx holds ", token, ": it must be 0 to ",
@@ -66,10 +65,10 @@ struct Occurrences {
 };
 
 Tensor token_gradient(const Tensor& dy, const Tensor& tokens, int64_t vocab_size, at::ScalarType dtype) {
-  const int64_t width = dy.size(2), columns = (width + kColumns - 1) / kColumns;
+  const int64_t width = dy.size(2);
   const Tensor dwt = empty({vocab_size, width}, dtype);
   const Occurrences found(tokens, vocab_size);
-  const int64_t work = vocab_size + tokens.numel();  // the share of token v begins at v + offsets[v]
+  // Work is counted in rows to write and rows to read: that of token v begins at v + offsets[v].
   const auto first_token = [&](int64_t place) {
     int64_t low = 0, high = vocab_size;
     while (low < high) {
@@ -86,15 +85,12 @@ Tensor token_gradient(const Tensor& dy, const Tensor& tokens, int64_t vocab_size
       using D = decltype(dy_type);
       using T = decltype(type);
       const auto loop = FASTGPT_CHOOSE(sum_rows<D, T>);
-      at::parallel_for(0, columns * work, kGrain / kColumns, [&](int64_t begin, int64_t end) {
-        for (int64_t column = begin / work; column * work < end; ++column) {
-          const int64_t c = column * kColumns;
-          const int64_t last = first_token(std::min(end - column * work, work));
-          for (int64_t v = first_token(std::max<int64_t>(begin - column * work, 0)); v < last; ++v)
-            loop(const_data<D>(dy) + c, width, found.rows.data() + found.offsets[v], 0,
-                 found.offsets[v + 1] - found.offsets[v], data<T>(dwt) + v * width + c,
-                 std::min(kColumns, width - c));
-        }
+      const int64_t grain = kGrain / std::max<int64_t>(width, 1) + 1;
+      at::parallel_for(0, vocab_size + tokens.numel(), grain, [&](int64_t begin, int64_t end) {
+        const int64_t last = first_token(end);
+        for (int64_t v = first_token(begin); v < last; ++v)
+          loop(const_data<D>(dy), found.rows.data() + found.offsets[v], 0,
+               found.offsets[v + 1] - found.offsets[v], data<T>(dwt) + v * width, width);
       });
     });
   });
@@ -114,7 +110,7 @@ Tensor position_gradient(const Tensor& dy, int64_t block_size, int64_t start, at
         for (int64_t row = begin; row < end; ++row) {
           const int64_t t = row - start;
           const bool used = t >= 0 && t < length;
-          loop(const_data<D>(dy) + (used ? t * width : 0), width, nullptr, length, used ? batch : 0,
+          loop(const_data<D>(dy) + (used ? t * width : 0), nullptr, length, used ? batch : 0,
                data<T>(dwp) + row * width, width);
         }
       });

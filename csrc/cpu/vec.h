@@ -171,39 +171,37 @@ inline Wide multiply_low(Wide a, Wide b) {
 #endif
 }
 
+// The low halves, those of even lanes and those of odd ones.
+inline Bits joined(const Wide* c) { return (Bits)((c[0] & 0xffffffffu) | (c[1] << 32)); }
+
 struct RandomWords {
   Bits words[4];
 };
 
 // Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): four random words
-// for each lane, of the counters (first + lane, second, 0, 0), with the seed as key. Counters are in the low
-// halves of 64-bit lanes, where products are whole, the even lanes first and then the odd ones; what comes
+// for each lane, of the counters (first + lane, second, 0, 0), with the seed as key. Numbers are in the low
+// halves of 64-bit lanes, where products are whole: those of even lanes, and those of odd ones. What comes
 // into the high halves is not used.
 inline RandomWords philox(int64_t seed, uint32_t first, uint32_t second) {
-  Wide results[2][4];
-  for (uint32_t odd = 0; odd < 2; ++odd) {
-    Wide c0 = {}, c1 = Wide{} + second, c2 = {}, c3 = {};
-    for (uint32_t i = 0; i < kWidth / 2; ++i) c0[i] = first + 2 * i + odd;
-    uint32_t key0 = static_cast<uint32_t>(seed),
-             key1 = static_cast<uint32_t>(static_cast<uint64_t>(seed) >> 32);
-    for (int round = 0; round < 10; ++round) {
-      const Wide product0 = multiply_low(c0, Wide{} + 0xd2511f53u);
-      const Wide product1 = multiply_low(c2, Wide{} + 0xcd9e8d57u);
-      c0 = (product1 >> 32) ^ c1 ^ static_cast<uint64_t>(key0);
-      c2 = (product0 >> 32) ^ c3 ^ static_cast<uint64_t>(key1);
-      c1 = product1;
-      c3 = product0;
-      key0 += 0x9e3779b9u;
-      key1 += 0xbb67ae85u;
+  constexpr uint64_t even_lanes[] = {0, 2, 4, 6, 8, 10, 12, 14};
+  Wide lanes;
+  __builtin_memcpy(&lanes, even_lanes, sizeof(lanes));
+  lanes += first;
+  Wide c0[2] = {lanes, lanes + 1}, c1[2] = {Wide{} + second, Wide{} + second}, c2[2] = {}, c3[2] = {};
+  Wide key0 = Wide{} + static_cast<uint64_t>(seed), key1 = key0 >> 32;
+  for (int round = 0; round < 10; ++round) {
+    for (int odd = 0; odd < 2; ++odd) {
+      const Wide product0 = multiply_low(c0[odd], Wide{} + 0xd2511f53u);
+      const Wide product1 = multiply_low(c2[odd], Wide{} + 0xcd9e8d57u);
+      c0[odd] = (product1 >> 32) ^ c1[odd] ^ key0;
+      c2[odd] = (product0 >> 32) ^ c3[odd] ^ key1;
+      c1[odd] = product1;
+      c3[odd] = product0;
     }
-    results[odd][0] = c0;
-    results[odd][1] = c1;
-    results[odd][2] = c2;
-    results[odd][3] = c3;
+    key0 += 0x9e3779b9u;
+    key1 += 0xbb67ae85u;
   }
-  RandomWords out;
-  for (int k = 0; k < 4; ++k) out.words[k] = (Bits)((results[0][k] & 0xffffffffu) | (results[1][k] << 32));
-  return out;
+  return {{joined(c0), joined(c1), joined(c2), joined(c3)}};
 }
 
 }  // namespace fastgpt::FASTGPT_ISA

@@ -221,15 +221,18 @@ def adamw_(
             f"stochastic_rounding is for bfloat16 parameters without copies: params have {params[0].dtype}"
             + (" and copies" if copies else "")
         )
-    select("adamw_", backend, params[0].device)(
-        *(params, grads, exp_avgs, exp_avg_sqs, steps, hyper, groups),
-        copies=copies,
-        grad_norm=grad_norm,
-        max_grad_norm=max_grad_norm,
-        grad_scale=grad_scale,
-        found_inf=found_inf,
-        stochastic_rounding=stochastic_rounding,
-    )
+    try:
+        select("adamw_", backend, params[0].device)(
+            *(params, grads, exp_avgs, exp_avg_sqs, steps, hyper, groups),
+            copies=copies,
+            grad_norm=grad_norm,
+            max_grad_norm=max_grad_norm,
+            grad_scale=grad_scale,
+            found_inf=found_inf,
+            stochastic_rounding=stochastic_rounding,
+        )
+    except ValueError as error:  # of a kernel in C++, which knows no InputError
+        raise InputError(str(error)) from None
     if not torch.compiler.is_compiling():  # which sees the mutation in the schema
         # A backward that still needs the old values must fail.
         torch.autograd.graph.increment_version([*params, *copies])

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from ops.helpers import DTYPES, assert_accurate, spread
+from ops.helpers import DTYPES, assert_accurate, kernels_of, spread
 from torch import Tensor
 
 from fastgpt.kernels import dropout as kernels
@@ -26,13 +26,20 @@ MUTANTS = {
     ],
 }  # fmt: skip
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+backends = pytest.mark.parametrize("backend", kernels_of("dropout_add"))
 Q = kernels.Q
 
 
-def scales(shape: tuple[int, ...], p: float, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def backward(backend: str, dy: Tensor, seed: int, p: float) -> Tensor:
+    operators = getattr(torch.ops, f"fastgpt_{backend}")
+    return operators.dropout_add_backward(dy, torch.tensor([seed], device=DEVICE), p, dy.dtype)
+
+
+def scales(
+    backend: str, shape: tuple[int, ...], p: float, seed: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """z of every element."""
-    ones = torch.ones(shape, dtype=dtype, device=DEVICE)
-    return kernels.dropout_add_backward(ones, torch.tensor([seed], device=DEVICE), p, dtype)
+    return backward(backend, torch.ones(shape, dtype=dtype, device=DEVICE), seed, p)
 
 
 def philox(key: int, counter: list[int]) -> list[int]:
@@ -53,10 +60,11 @@ def test_philox_is_philox() -> None:
 
 
 @pytest.mark.parametrize("seed", [0, -1, 0x123456789ABCDEF])
-def test_masks_are_the_documented_ones(seed: int) -> None:
+@backends
+def test_masks_are_the_documented_ones(seed: int, backend: str) -> None:
     """Element k Q + j of block b takes word k of counter (j, b)."""
     p, n = 0.3, 4 * Q + 3 * Q + 5
-    kept = scales((n,), p, seed) != 0
+    kept = scales(backend, (n,), p, seed) != 0
     for element in [0, 1, Q - 1, Q, 2 * Q + 7, 4 * Q - 1, 4 * Q, 5 * Q + 3, n - 1]:
         block, rest = divmod(element, 4 * Q)
         word = philox(seed % (1 << 64), [rest % Q, block, 0, 0])[rest // Q]
@@ -64,10 +72,11 @@ def test_masks_are_the_documented_ones(seed: int) -> None:
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
-def test_law(p: float) -> None:
+@backends
+def test_law(p: float, backend: str) -> None:
     """Frequencies of single elements and of pairs at distances where words, lanes and blocks meet."""
     n = 12 * Q
-    dropped = (scales((n,), p, 7) == 0).double()
+    dropped = (scales(backend, (n,), p, 7) == 0).double()
     deviation = math.sqrt(p * (1 - p) / n)
     assert abs(dropped.mean() - p) < 5 * deviation
     for k in range(4):  # each word by itself
@@ -76,30 +85,32 @@ def test_law(p: float) -> None:
     for distance in (1, 2, 8, 32, Q, 2 * Q, 4 * Q):
         pairs = dropped[distance:] * dropped[:-distance]
         assert abs(pairs.mean() - q) < 5 * math.sqrt(2 * q * (1 - q) / len(pairs)), distance
-    other = (scales((n,), p, 8) == 0).double()  # a neighbouring seed
+    other = (scales(backend, (n,), p, 8) == 0).double()  # a neighbouring seed
     assert abs((dropped * other).mean() - q) < 5 * math.sqrt(2 * q * (1 - q) / n)
 
 
-def test_mask_depends_on_seed_and_number_alone() -> None:
-    expected = scales((6, 1000), 0.4, 3)
-    assert torch.equal(scales((6000,), 0.4, 3), expected.flatten())
-    assert torch.equal(scales((3, 1000), 0.4, 3), expected[:3])
+@backends
+def test_mask_depends_on_seed_and_number_alone(backend: str) -> None:
+    expected = scales(backend, (6, 1000), 0.4, 3)
+    assert torch.equal(scales(backend, (6000,), 0.4, 3), expected.flatten())
+    assert torch.equal(scales(backend, (3, 1000), 0.4, 3), expected[:3])
     for dtype in DTYPES:
-        assert torch.equal(scales((6, 1000), 0.4, 3, dtype) != 0, expected != 0)
+        assert torch.equal(scales(backend, (6, 1000), 0.4, 3, dtype) != 0, expected != 0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 1), (3, 33), (3, 768), (197, 33)])  # of one block, and of two
-def test_accuracy(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+@backends
+def test_accuracy(shape: tuple[int, ...], dtype: torch.dtype, backend: str) -> None:
     p = 0.3
     x, residual, dy = (torch.randn(shape, device=DEVICE).to(dtype) for _ in range(3))
     for inputs in ((x, residual, dy), tuple(map(spread, (x, residual, dy)))):
         torch.manual_seed(5)
         leaves = [t.detach().requires_grad_() for t in inputs[:2]]
-        y = dropout_add(leaves[0], leaves[1], p=p, backend="triton")
+        y = dropout_add(leaves[0], leaves[1], p=p, backend=backend)
         dx, dresidual = torch.autograd.grad(y, leaves, inputs[2])
         torch.manual_seed(5)
-        z = (dropout_add(torch.ones_like(x), torch.zeros_like(x), p=p, backend="triton") != 0).double()
+        z = (dropout_add(torch.ones_like(x), torch.zeros_like(x), p=p, backend=backend) != 0).double()
         z = (z / (1 - p)).cpu()
         wide, narrow = z, z.to(dtype)
         assert_accurate(y, x.cpu() * narrow + residual.cpu(), x.cpu() * wide + residual.cpu().double())
@@ -107,11 +118,12 @@ def test_accuracy(shape: tuple[int, ...], dtype: torch.dtype) -> None:
         assert torch.equal(dresidual, inputs[2])
 
 
-def test_expanded_gradient_and_mixed_dtypes() -> None:
+@backends
+def test_expanded_gradient_and_mixed_dtypes(backend: str) -> None:
     for first, second in itertools.permutations(DTYPES, 2):
         x = torch.ones(5, 7, dtype=first, device=DEVICE, requires_grad=True)
         residual = torch.zeros(5, 7, dtype=second, device=DEVICE, requires_grad=True)
-        y = dropout_add(x, residual, p=0.5, backend="triton")
+        y = dropout_add(x, residual, p=0.5, backend=backend)
         assert y.dtype == torch.promote_types(first, second)
         dx, dresidual = torch.autograd.grad(y.sum(), [x, residual])
         assert (dx.dtype, dresidual.dtype) == (first, second)
@@ -119,16 +131,18 @@ def test_expanded_gradient_and_mixed_dtypes() -> None:
         assert (dresidual == 1).all()
 
 
-def test_nan_and_infinity_propagate_even_where_dropped() -> None:
+@backends
+def test_nan_and_infinity_propagate_even_where_dropped(backend: str) -> None:
     """0 times NaN is NaN, as in PyTorch: a broken activation is not hidden by chance."""
     x = torch.full((64,), torch.nan, device=DEVICE)
-    assert dropout_add(x, torch.zeros_like(x), p=0.9, backend="triton").isnan().all()
+    assert dropout_add(x, torch.zeros_like(x), p=0.9, backend=backend).isnan().all()
     dy = torch.full((64,), torch.inf, device=DEVICE)
-    dx = kernels.dropout_add_backward(dy, torch.tensor([1], device=DEVICE), 0.5, torch.float32)
+    dx = backward(backend, dy, 1, 0.5)
     assert not dx.isfinite().any()
 
 
-def test_extreme_p() -> None:
+@backends
+def test_extreme_p(backend: str) -> None:
     n = 100
-    assert (scales((n,), 1 - 2**-33, 0) == 0).all()
-    torch.testing.assert_close(scales((n,), 2**-33, 0), torch.ones(n, device=DEVICE))
+    assert (scales(backend, (n,), 1 - 2**-33, 0) == 0).all()
+    torch.testing.assert_close(scales(backend, (n,), 2**-33, 0), torch.ones(n, device=DEVICE))

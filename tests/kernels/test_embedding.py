@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ops.helpers import DTYPES, assert_accurate
+from ops.helpers import DTYPES, assert_accurate, kernels_of
 from torch import Tensor
 
 from fastgpt.errors import InputError
@@ -32,6 +32,7 @@ MUTANTS = {
     ]
 }
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+backends = pytest.mark.parametrize("backend", kernels_of("embedding"))
 CHUNK, GROUP = kernels.CHUNK, kernels.GROUP
 
 
@@ -42,12 +43,14 @@ def gradients(idx: Tensor, dy: Tensor, vocab_size: int, backend: str, dtype: tor
     return list(torch.autograd.grad(y, [wt, wp], dy.to(dtype)))
 
 
-def check_backward(idx: Tensor, width: int, dtype: torch.dtype = torch.float32, vocab_size: int = 64) -> None:
+def check_backward(
+    backend: str, idx: Tensor, width: int, dtype: torch.dtype = torch.float32, vocab_size: int = 64
+) -> None:
     dy = torch.randn(*idx.shape, width).to(dtype)
     oracle = gradients(idx, dy, vocab_size, "eager", torch.float64)
     eager = gradients(idx, dy, vocab_size, "eager", dtype)
     on_device = idx.to(DEVICE), dy.to(DEVICE), vocab_size
-    first, again = (gradients(*on_device, "triton", dtype) for _ in range(2))
+    first, again = (gradients(*on_device, backend, dtype) for _ in range(2))
     for values in zip(first, eager, oracle, again, strict=True):
         assert_accurate(*values[:3])
         assert torch.equal(values[0], values[3])
@@ -69,42 +72,47 @@ def check_backward(idx: Tensor, width: int, dtype: torch.dtype = torch.float32, 
     ],
     ids=str,
 )
-def test_runs(lengths: list[int]) -> None:
+@backends
+def test_runs(lengths: list[int], backend: str) -> None:
     """Sorted, the tokens are runs of these lengths; the batch has them in another order."""
     idx = torch.repeat_interleave(torch.arange(len(lengths)) * 3, torch.tensor(lengths))
     width = 768 if len(lengths) == 1 else 33  # narrow columns make tall tiles
-    check_backward(idx[torch.randperm(len(idx))][None], width, vocab_size=3 * len(lengths))
+    check_backward(backend, idx[torch.randperm(len(idx))][None], width, vocab_size=3 * len(lengths))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_text(dtype: torch.dtype) -> None:
+@backends
+def test_text(dtype: torch.dtype, backend: str) -> None:
     """Frequencies as in text, one token in five the same; batch and length off every tile."""
     tokens = (torch.rand(3, 197).pow(4) * 64).long()
-    check_backward(tokens, 33, dtype)
+    check_backward(backend, tokens, 33, dtype)
 
 
 # One element, off every vector width, and two blocks of columns of which the second is not full.
 @pytest.mark.parametrize("width", [1, 33, 1600])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_forward(width: int, dtype: torch.dtype) -> None:
+@backends
+def test_forward(width: int, dtype: torch.dtype, backend: str) -> None:
     idx = torch.randint(0, 11, (3, 65))
     wt, wp = torch.randn(11, width).to(dtype), torch.randn(70, width).to(dtype)
-    y = embedding(idx.to(DEVICE), wt.to(DEVICE), wp.to(DEVICE), start=5, backend="triton")
+    y = embedding(idx.to(DEVICE), wt.to(DEVICE), wp.to(DEVICE), start=5, backend=backend)
     assert torch.equal(y.cpu(), embedding(idx, wt, wp, start=5, backend="eager"))  # one rounding in both
 
 
-def test_widths_backward() -> None:
+@backends
+def test_widths_backward(backend: str) -> None:
     for width in (1, 1600):
-        check_backward(torch.randint(0, 5, (2, 70)), width)
+        check_backward(backend, torch.randint(0, 5, (2, 70)), width)
 
 
 @pytest.mark.parametrize("token_dtype", DTYPES, ids=str)
-def test_mixed_dtypes(token_dtype: torch.dtype) -> None:
+@backends
+def test_mixed_dtypes(token_dtype: torch.dtype, backend: str) -> None:
     """As PyTorch's addition promotes, and gradients in the dtypes of their tables."""
     idx = torch.randint(0, 5, (2, 3), device=DEVICE)
     wt = torch.randn(5, 7, device=DEVICE).to(token_dtype).requires_grad_()
     wp = torch.randn(4, 7, device=DEVICE).bfloat16().requires_grad_()
-    y, expected = (embedding(idx, wt, wp, backend=backend) for backend in ("triton", "eager"))
+    y, expected = (embedding(idx, wt, wp, backend=name) for name in (backend, "eager"))
     assert y.dtype == expected.dtype
     assert torch.equal(y, expected)
     grads, wanted = (torch.autograd.grad(out.sum(), [wt, wp]) for out in (y, expected))
@@ -115,11 +123,12 @@ def test_mixed_dtypes(token_dtype: torch.dtype) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on CUDA it gives NaN")
 @pytest.mark.parametrize("token", [-1, 4])
-def test_a_token_out_of_range_is_an_error_on_a_cpu(token: int) -> None:
+@backends
+def test_a_token_out_of_range_is_an_error_on_a_cpu(token: int, backend: str) -> None:
     wt, wp = torch.ones(4, 3), torch.ones(2, 3)
-    embedding(torch.tensor([[0, 3]]), wt, wp, backend="triton")
+    embedding(torch.tensor([[0, 3]]), wt, wp, backend=backend)
     with pytest.raises(InputError, match=f"{token}"):
-        embedding(torch.tensor([[0, token]]), wt, wp, backend="triton")
+        embedding(torch.tensor([[0, token]]), wt, wp, backend=backend)
 
 
 def test_a_token_out_of_range_touches_nothing_else() -> None:

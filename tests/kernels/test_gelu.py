@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from ops.guard import guarded
-from ops.helpers import assert_accurate
+from ops.helpers import assert_accurate, kernels_of
 from torch import Tensor
 
 from fastgpt import ops
@@ -15,6 +15,7 @@ from fastgpt.kernels import gelu
 from fastgpt.kernels.launch import Chip
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
+backends = pytest.mark.parametrize("backend", kernels_of("gelu"))
 forms = pytest.mark.parametrize("approximate", ["tanh", "none"])
 Function = Callable[..., Tensor]
 
@@ -27,7 +28,7 @@ def run(function: Function, tensors: list[Tensor], approximate: str, backend: st
     return [out.detach(), *torch.autograd.grad(out, inputs, dy.to(out))]
 
 
-def compare(function: Function, tensors: list[Tensor], approximate: str) -> None:
+def compare(function: Function, tensors: list[Tensor], approximate: str, backend: str) -> None:
     """Within twice PyTorch's error of the oracle; every element written and nothing else; the same twice."""
     eager = run(function, tensors, approximate, "eager")
     inputs = [x.detach().cpu().double().requires_grad_() for x in tensors]
@@ -36,8 +37,8 @@ def compare(function: Function, tensors: list[Tensor], approximate: str) -> None
     dy = torch.randn(out.shape, dtype=torch.float64).to(tensors[0].dtype).double()
     oracle = [out.detach(), *torch.autograd.grad(out, inputs, dy)]
     with guarded() as guard:
-        first = run(function, [guard.place(x) for x in tensors], approximate, "triton")
-    again = run(function, tensors, approximate, "triton")
+        first = run(function, [guard.place(x) for x in tensors], approximate, backend)
+    again = run(function, tensors, approximate, backend)
     for a, b, e, o in zip(first, again, eager, oracle, strict=True):
         assert_accurate(a, e, o)
         assert torch.equal(a, b)
@@ -47,16 +48,18 @@ def compare(function: Function, tensors: list[Tensor], approximate: str) -> None
 # last tile is not full; the vocabulary.
 @pytest.mark.parametrize("shape", [(197, 1), (70, 33), (3, 1025), (5, 768), (3, 1600), (1, 50257)], ids=str)
 @forms
-def test_shapes(shape: tuple[int, int], approximate: str) -> None:
+@backends
+def test_shapes(shape: tuple[int, int], approximate: str, backend: str) -> None:
     dtype = torch.bfloat16 if shape[1] == 768 else torch.float32
     x, b = (torch.randn(s, device=device).to(dtype) for s in (shape, shape[-1:]))
-    compare(ops.bias_gelu, [x, b], approximate)
-    compare(ops.gelu, [x], approximate)
+    compare(ops.bias_gelu, [x, b], approximate, backend)
+    compare(ops.gelu, [x], approximate, backend)
 
 
 @forms
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_every_magnitude(dtype: torch.dtype, approximate: str) -> None:
+@backends
+def test_every_magnitude(dtype: torch.dtype, approximate: str, backend: str) -> None:
     """From the smallest to the largest numbers of the dtype, element by element, both signs.
 
     The slope is 0, 1/2 or 1 but for an interval around 0; far out nothing may become infinity times zero.
@@ -64,7 +67,7 @@ def test_every_magnitude(dtype: torch.dtype, approximate: str) -> None:
     largest = torch.finfo(dtype).max
     x = torch.logspace(-6, 38, 400, dtype=torch.float64).clamp(max=largest)
     x = torch.cat([-x, torch.zeros(1), x]).to(device, dtype)
-    y, dx = run(ops.gelu, [x], approximate, "triton")
+    y, dx = run(ops.gelu, [x], approximate, backend)
     exact = x.double().cpu().requires_grad_()
     torch.manual_seed(1)
     dy = torch.randn(x.shape, dtype=torch.float64).to(dtype).double()
@@ -81,29 +84,32 @@ def test_every_magnitude(dtype: torch.dtype, approximate: str) -> None:
 
 
 @forms
-def test_infinities_and_nan(approximate: str) -> None:
+@backends
+def test_infinities_and_nan(approximate: str, backend: str) -> None:
     """Infinity stays; minus infinity is infinity times 0, as in PyTorch."""
     x = torch.tensor([torch.inf, -torch.inf, torch.nan], device=device)
-    y, _ = run(ops.gelu, [x], approximate, "triton")
+    y, _ = run(ops.gelu, [x], approximate, backend)
     assert y[0] == torch.inf
     assert y[1:].isnan().all()
 
 
-def test_promotes_as_pytorch() -> None:
+@backends
+def test_promotes_as_pytorch(backend: str) -> None:
     x = torch.randn(3, 8, device=device, dtype=torch.bfloat16, requires_grad=True)
     b = torch.randn(8, device=device, requires_grad=True)
-    y = ops.bias_gelu(x, b, backend="triton")
+    y = ops.bias_gelu(x, b, backend=backend)
     assert y.dtype == ops.bias_gelu(x, b, backend="eager").dtype == torch.float32
     assert [g.dtype for g in torch.autograd.grad(y.sum(), [x, b])] == [torch.bfloat16, torch.float32]
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (3, 0)], ids=str)
-def test_empty(shape: tuple[int, ...]) -> None:
+@backends
+def test_empty(shape: tuple[int, ...], backend: str) -> None:
     x, b = (torch.randn(s, device=device, requires_grad=True) for s in (shape, shape[-1:]))
     with guarded():
-        y = ops.bias_gelu(x, b, backend="triton")
+        y = ops.bias_gelu(x, b, backend=backend)
         _, db = torch.autograd.grad(y.sum(), [x, b])
-        assert ops.gelu(x, backend="triton").shape == y.shape == shape
+        assert ops.gelu(x, backend=backend).shape == y.shape == shape
     assert torch.equal(db, torch.zeros_like(b))
 
 
@@ -113,8 +119,8 @@ def test_every_family(monkeypatch: pytest.MonkeyPatch) -> None:
     for family in gelu.FORWARD:
         for sms in (1, 3):
             monkeypatch.setattr(gelu, "chip", lambda _, family=family, sms=sms: Chip(family, sms))
-            compare(ops.bias_gelu, tensors, "tanh")
-            compare(ops.gelu, tensors[:1], "tanh")
+            compare(ops.bias_gelu, tensors, "tanh", "triton")
+            compare(ops.gelu, tensors[:1], "tanh", "triton")
 
 
 MUTANTS = {

