@@ -5,6 +5,7 @@
 // since a few tokens are most of any text. The commonest is a twentieth of it, and still one thread's.
 #include <torch/library.h>
 
+#include <cstring>
 #include <numeric>
 #include <type_traits>
 #include <vector>
@@ -88,9 +89,15 @@ Tensor token_gradient(const Tensor& dy, const Tensor& tokens, int64_t vocab_size
       const int64_t grain = kGrain / std::max<int64_t>(width, 1) + 1;
       at::parallel_for(0, vocab_size + tokens.numel(), grain, [&](int64_t begin, int64_t end) {
         const int64_t last = first_token(end);
-        for (int64_t v = first_token(begin); v < last; ++v)
-          loop(const_data<D>(dy), found.rows.data() + found.offsets[v], 0,
-               found.offsets[v + 1] - found.offsets[v], data<T>(dwt) + v * width, width);
+        for (int64_t v = first_token(begin); v < last; ++v) {
+          const int64_t absent = v;
+          while (v < last && found.offsets[v] == found.offsets[v + 1]) ++v;
+          // Most tokens are in no batch. memset writes large pieces without reading them first.
+          std::memset(data<T>(dwt) + absent * width, 0, (v - absent) * width * sizeof(T));
+          if (v < last)
+            loop(const_data<D>(dy), found.rows.data() + found.offsets[v], 0,
+                 found.offsets[v + 1] - found.offsets[v], data<T>(dwt) + v * width, width);
+        }
       });
     });
   });

@@ -13,28 +13,20 @@ void add_rows(const W* token, const P* position, Y* y, int64_t width) {
 }
 
 // out = the sum of `count` rows of dy, in order: those that `rows` lists, or where it is null number 0, step,
-// 2 step, ... Several vectors at a time, so that a row is read in lines.
+// 2 step, ... Sums of up to 1024 columns stay in the L1 cache, while rows are read in long pieces.
 template <typename D, typename T>
 void sum_rows(const D* dy, const int64_t* rows, int64_t step, int64_t count, T* out, int64_t width) {
-  constexpr int64_t kVectors = 8;
-  for (int64_t first = 0; first < width; first += kVectors * kWidth) {
-    Vec sums[kVectors] = {};
-    const bool whole = width - first >= kVectors * kWidth;
+  constexpr int64_t kColumns = 1024;
+  float sums[kColumns];
+  for (int64_t first = 0; first < width; first += kColumns) {
+    const int64_t columns = width - first < kColumns ? width - first : kColumns;
+    for (int64_t c = 0; c < columns; c += kWidth) store(sums + c, Vec{});
     for (int64_t i = 0; i < count; ++i) {
-      const D* row = dy + (rows != nullptr ? rows[i] : i * step) * width;
-      for (int64_t k = 0; k < kVectors; ++k) {
-        const int64_t c = first + k * kWidth;
-        if (whole) {
-          sums[k] += load(row + c);
-        } else if (c < width) {
-          sums[k] += load(row + c, left(width, c));
-        }
-      }
+      const D* row = dy + (rows != nullptr ? rows[i] : i * step) * width + first;
+      for (int64_t c = 0; c < columns; c += kWidth)
+        store(sums + c, load(sums + c) + load(row + c, left(columns, c)));
     }
-    for (int64_t k = 0; k < kVectors; ++k) {
-      const int64_t c = first + k * kWidth;
-      if (c < width) store(out + c, sums[k], left(width, c));
-    }
+    for (int64_t c = 0; c < columns; c += kWidth) store(out + first + c, load(sums + c), left(columns, c));
   }
 }
 
