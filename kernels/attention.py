@@ -73,6 +73,9 @@ HALVES: Table = {
     100: _BASE,
     120: _BASE | {128: Config(128, 64, 8, 2)},
 }
+# 64 rows are 16 for each of 4 warps, and with 8 each product would be made twice: Triton deals rows in
+# sixteens. Steps of 64 spill on sm_120.
+DROPOUT = Config(64, 32, 4, 3)
 # For tune.py: other numbers of stages, and tiles of a warpgroup.
 CANDIDATES = [Config(128, 64, 8, 2), Config(128, 64, 8, 3), Config(128, 64, 8, 4), Config(64, 64, 4, 3)]
 # The three products of tf32 hold both halves of q in registers: smaller tiles, and at 256 parts of a row.
@@ -287,7 +290,7 @@ def attention_forward(
     o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((B, H, Tq), dtype=torch.float32, device=q.device)
     windowed = window is not None and window < Tk
-    config = choose(HALVES, FP32, q, dropout=seed is not None)
+    config = choose(HALVES, FP32, q, dropout=None if seed is None else DROPOUT)
     if Tq > FEW_QUERIES and has_alternatives(q, seed, windowed):
         config = tuned("attention_forward", config, CANDIDATES)
     if windowed and D > 64:  # a third loop, with masks
@@ -359,6 +362,7 @@ def examples() -> list[Example]:
         ("backward", 80, bf16, True, True),
         ("backward", 128, fp32, False, False),
         ("backward", 160, fp32, True, True),
+        ("backward", 16, fp32, False, False),
     }
     quick = {
         *(
@@ -373,7 +377,7 @@ def examples() -> list[Example]:
     found = []
     cases = itertools.product(
         ("forward", "backward", "decode"),
-        (16, 48, 64, 80, 128, 160, 256),
+        (16, 32, 48, 64, 80, 128, 160, 256),
         (bf16, torch.float16, fp32),
         (False, True),
         (False, True),
@@ -382,6 +386,8 @@ def examples() -> list[Example]:
         direction, width, dtype, dropout, windowed = case
         if dtype == torch.float16 and (width not in (64, 128, 256) or dropout != windowed):
             continue  # bf16 with another instruction for a product and a conversion
+        if width == 32 and dtype != fp32:
+            continue  # no choice of its own
         name = f"{direction} {width} {str(dtype).removeprefix('torch.')}"
         found.append(
             Example(

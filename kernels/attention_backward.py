@@ -53,9 +53,13 @@ _QUERIES = {64: Config(128, 64, 8, 2), 128: Config(128, 32, 8, 2), 256: Config(3
 _KEYS = {64: Config(128, 64, 8, 2), 128: Config(64, 32, 8, 2), 256: Config(32, 32, 8, 1)}
 QUERIES_HALVES: Table = dict.fromkeys(FAMILIES, _QUERIES)
 KEYS_HALVES: Table = dict.fromkeys(FAMILIES, _KEYS)
+# As for forward. A second stage of dk and dv spills on sm_80 and sm_100.
+QUERIES_DROPOUT = Config(64, 32, 4, 2)
+KEYS_DROPOUT = Config(64, 32, 4, 1)
 # For tune.py: a stage more, half a step, half the rows.
 CANDIDATES = [Config(128, 64, 8, 3), Config(128, 32, 8, 2), Config(64, 64, 8, 2)]
-QUERIES_FP32 = {64: Config(32, 32, 8, 1), 256: Config(16, 32, 8, 1, chunk=64)}
+# 8 warps would make each product of heads up to 32 four times, and spill on sm_80; at 64, 4 spill on sm_100.
+QUERIES_FP32 = {32: Config(32, 32, 4, 1), 64: Config(32, 32, 8, 1), 256: Config(16, 32, 8, 1, chunk=64)}
 KEYS_FP32 = {64: Config(32, 32, 4, 1), 256: Config(16, 32, 8, 1, chunk=64)}
 
 
@@ -404,8 +408,8 @@ def attention_backward(
     inputs = *strides(q), *strides(k), *strides(v)
     sizes = H, Tq, Tk, window if windowed else Tk, D**-0.5 if scale is None else scale, dropout_p
     constants = {"D": D, "BLOCK_D": block_d(D), "WINDOWED": windowed}
-    dropout = seed is not None
-    config = choose(QUERIES_HALVES, QUERIES_FP32, q, dropout=dropout, half_step=dropout)
+    dropout = None if seed is None else QUERIES_DROPOUT
+    config = choose(QUERIES_HALVES, QUERIES_FP32, q, dropout=dropout, half_step=seed is not None)
     if has_alternatives(q, seed, windowed):
         config = tuned("attention_backward_queries", config, CANDIDATES)
     launch(
@@ -419,8 +423,9 @@ def attention_backward(
         num_warps=config.warps,
         num_stages=config.stages,
     )
-    padded = block_d(D) > D
-    config = choose(KEYS_HALVES, KEYS_FP32, q, dropout=dropout, half_step=windowed or dropout or padded)
+    dropout = None if seed is None else KEYS_DROPOUT
+    half_step = windowed or seed is not None or block_d(D) > D
+    config = choose(KEYS_HALVES, KEYS_FP32, q, dropout=dropout, half_step=half_step)
     if has_alternatives(q, seed, windowed):
         config = tuned("attention_backward_keys", config, CANDIDATES)
     launch(

@@ -175,18 +175,26 @@ Table = dict[int, dict[int, Config]]
 
 
 def choose(
-    halves: Table, fp32: dict[int, Config], x: Tensor, *, dropout: bool, half_step: bool = False
+    halves: Table,
+    fp32: dict[int, Config],
+    x: Tensor,
+    *,
+    dropout: Config | None,
+    half_step: bool = False,
 ) -> Config:
     """The launch of a kernel for the dtype and the head size of x on its chip.
 
-    Dropout gets half the rows: drawing its numbers takes about as many registers as the scores themselves.
-    `half_step` is for what else would spill: 32 at least, since of tiles with more columns than rows Triton
-    deals the columns to the warps, where of others each warp holds all columns of its rows.
+    Drawing the numbers of dropout takes about as many registers as the scores themselves: heads up to 64 in 2
+    bytes get `dropout`, others half the rows. `half_step` is for what else would spill: 32 at least, since of
+    tiles with more columns than rows Triton deals the columns to the warps, where of others each warp holds
+    all columns of its rows.
     """
     table = fp32 if x.dtype == torch.float32 else halves[chip(x.device).family]
     width = block_d(x.shape[-1])
     config = table[min(limit for limit in table if width <= limit)]
-    if dropout:
+    if dropout is not None:
+        if table is not fp32 and width <= 64:
+            return dropout
         config = config._replace(rows=max(config.rows // 2, 16))
     return config._replace(step=max(config.step // 2, 32)) if half_step else config
 
