@@ -186,6 +186,15 @@ void attention_forward(const Attention<T>& a, int64_t b, int64_t h, int64_t bloc
   write_columns(ot, kBlock, totals, o.at(b, first, h), o.token, count, a.width);
 }
 
+constexpr int64_t kAhead = 16;  // rows
+
+// A row of a head that will be read soon: rows of a cache lie pages apart, which no processor foresees. An
+// address beyond the tensor does no harm.
+template <typename T>
+inline void fetch(const T* row, int64_t width) {
+  for (int64_t c = 0; c < width; c += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + c);
+}
+
 // Few queries: dot products along the head, and no tile whose lanes would be empty. What the keys [begin,
 // end) give to query `query` of one head: o (padded width), which is to be divided by the sum, maximum and
 // sum.
@@ -206,6 +215,7 @@ void attention_few(const Attention<T>& a, int64_t b, int64_t h, int64_t query, i
       dots[i] = Vec{};
       if (n + i >= count) continue;
       const T* const k = a.k.at(b, start + n + i, h);
+      fetch(k + kAhead * a.k.token, a.width);
       for (int64_t c = 0; c < a.width; c += kWidth)
         dots[i] = fma(load(q + c), load(k + c, left(a.width, c)), dots[i]);
     }
@@ -227,6 +237,7 @@ void attention_few(const Attention<T>& a, int64_t b, int64_t h, int64_t query, i
     const int64_t vectors = std::min<int64_t>(4, (a.width - c + kWidth - 1) / kWidth);
     for (int64_t n = 0; n < count; ++n) {
       const T* const v = a.v.at(b, start + n, h) + c;
+      if (c == 0) fetch(v + kAhead * a.v.token, a.width);
       const Vec p = splat(s[n]);
       if (c + 4 * kWidth <= a.width)
 #pragma GCC unroll 4
