@@ -35,7 +35,8 @@ from fastgpt.errors import InputError
 from fastgpt.ops import library, registry
 
 ROOT = Path(__file__).parents[1]
-CUDA = ROOT / "csrc/cuda"
+CSRC = ROOT / "csrc"
+CUDA = CSRC / "cuda"
 EMULATOR = ROOT / "tests/cuda/emulator"
 BUILD = ROOT / "build/emulator"
 NAMESPACE = "fastgpt_emulated"
@@ -86,10 +87,10 @@ def sources() -> list[Path]:
     return [CUDA / name for name in names if name.startswith((*only, "partials"))]
 
 
-def command(source: Path, checked: str) -> list[str]:
+def command(source: Path, checked: str, csrc: Path) -> list[str]:
     """The compiler's, but for what it writes."""
     flags = ["-fPIC", "-Wall", "-Wextra", "-Wno-attributes", "-Wno-unknown-pragmas", "-DFASTGPT_EMULATED"]
-    includes = [EMULATOR, ROOT / "csrc", toolkit()]
+    includes = [EMULATOR, csrc, toolkit()]
     if source.name.endswith("_ops.cpp"):
         torch_include = Path(torch.__file__).parent / "include"
         includes += [torch_include, torch_include / "torch/csrc/api/include", sysconfig.get_path("include")]
@@ -102,10 +103,12 @@ def command(source: Path, checked: str) -> list[str]:
     return ["g++", *flags, *language, *(f"-I{path}" for path in includes), "-c", str(source)]
 
 
-def compile_source(source: Path, folder: Path, checked: str = "") -> Path:
-    """The object file, made anew where the command or a file that it reads has changed."""
-    target, reads, stamp = (folder / (source.name + suffix) for suffix in (".o", ".d", ".stamp"))
-    call = command(source, checked)
+def kept(call: Sequence[str], target: Path) -> Path:
+    """The compiler's output in `target`, and what it said in `target`.said.
+
+    They are from an earlier call where neither the command nor a file that it reads has changed since.
+    """
+    reads, said, stamp = (Path(f"{target}.{suffix}") for suffix in ("d", "said", "stamp"))
 
     def state() -> str:
         names = re.findall(r"[^\s\\]+", reads.read_text().split(":", 1)[1])
@@ -116,15 +119,16 @@ def compile_source(source: Path, folder: Path, checked: str = "") -> Path:
 
     if not (target.exists() and stamp.exists() and stamp.read_text() == state()):
         stamp.unlink(missing_ok=True)
-        run([*call, "-MMD", "-MF", str(reads), "-o", str(target)])
+        said.write_text(run([*call, "-MMD", "-MF", str(reads), "-o", str(target)]))
         stamp.write_text(state())
     return target
 
 
-def run(call: Sequence[str]) -> None:
+def run(call: Sequence[str]) -> str:
     done = subprocess.run(call, capture_output=True, text=True)
     if done.returncode != 0:
-        raise InputError(f"{' '.join(call)}\n{done.stderr}")
+        raise InputError(f"{' '.join(call)}\n{done.stdout}{done.stderr}")
+    return done.stdout + done.stderr
 
 
 @contextmanager
@@ -136,25 +140,37 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
+def compiled(source: Path, checked: str = "", csrc: Path = CSRC) -> Path:
+    """The object file of a launcher, a binding or a part of the emulator."""
+    # The sanitizers have to know what kernels do: bindings, like PyTorch, are not compiled for them.
+    folder = BUILD / ("plain" if source.name.endswith("_ops.cpp") else checked or "plain")
+    folder.mkdir(parents=True, exist_ok=True)
+    return kept(command(source, checked, csrc), folder / f"{source.name}.o")
+
+
+def link(objects: Sequence[Path], out: Path, checked: str = "") -> None:
+    """A shared library (`lib...`) or a program."""
+    options = ["-shared"] if out.name.startswith("lib") else []
+    if any(path.name.endswith("_ops.cpp.o") for path in objects):
+        options += [f"-L{Path(torch.__file__).parent / 'lib'}", "-lc10", "-ltorch_cpu"]
+    run(["g++", *SANITIZERS[checked], *map(str, objects), *options, "-o", str(out)])
+
+
 def build(files: Sequence[Path], name: str, checked: str = "", jobs: int = 2) -> Path:
-    """A shared library (`lib...`) or a program of the emulator and `files`, built in parts that are kept."""
-    folder = BUILD / (checked or "plain")
-    with locked(folder):
+    """Links the emulator and `files`, compiled where they have changed."""
+    with locked(BUILD):
         parts = [EMULATOR / "runtime.cpp", EMULATOR / "copy.cpp", *files]
         with ThreadPoolExecutor(jobs) as pool:
-            objects = list(pool.map(lambda part: compile_source(part, folder, checked), parts))
+            objects = list(pool.map(lambda part: compiled(part, checked), parts))
         digest = hashlib.sha256()
         for part in objects:
-            digest.update(part.with_suffix(".stamp").read_bytes())
+            digest.update(Path(f"{part}.stamp").read_bytes())
         # Named for its contents: a process may still run what was built before.
-        out = folder / f"{name}-{digest.hexdigest()[:16]}"
+        out = BUILD / (checked or "plain") / f"{name}-{digest.hexdigest()[:16]}"
         if not out.exists():
-            for old in folder.glob(f"{name}-*"):
+            for old in out.parent.glob(f"{name}-*"):
                 old.unlink()
-            link = ["-shared"] if name.startswith("lib") else []
-            if any(file.name.endswith("_ops.cpp") for file in files):
-                link += [f"-L{Path(torch.__file__).parent / 'lib'}", "-lc10", "-ltorch_cpu"]
-            run(["g++", *SANITIZERS[checked], *map(str, objects), *link, "-o", str(out)])
+            link(objects, out, checked)
     return out
 
 
@@ -222,19 +238,22 @@ OPTIONS = {
 }
 
 
-def environment(checked: str) -> dict[str, str]:
-    """In which Python runs the kernels under a sanitizer, whose library must be there from the start."""
-    found = subprocess.run(["g++", f"-print-file-name=lib{checked[0]}san.so"], capture_output=True, text=True)
-    path = build(sources(), "libkernels", checked)
-    return {**os.environ, **OPTIONS, LIBRARY: str(path), "LD_PRELOAD": found.stdout.strip()}
+def environment(checked: str, path: Path) -> dict[str, str]:
+    """In which Python runs the kernels of a library; a sanitizer's own must be there from the start."""
+    changes = {**OPTIONS, LIBRARY: str(path)}
+    if checked:
+        call = ["g++", f"-print-file-name=lib{checked[0]}san.so"]
+        changes["LD_PRELOAD"] = subprocess.run(call, capture_output=True, text=True).stdout.strip()
+    return {**os.environ, **changes}
 
 
 def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1] not in ("address", "thread"):
         sys.exit(__doc__)
+    path = build(sources(), "libkernels", sys.argv[1])
     call = [sys.executable, "-m", "pytest", "-q", "-s", "-n", "0", "-p", "no:cacheprovider"]
     call += ["tests/ops/test_emulated.py", *sys.argv[2:]]
-    sys.exit(subprocess.run(call, env=environment(sys.argv[1]), cwd=ROOT).returncode)
+    sys.exit(subprocess.run(call, env=environment(sys.argv[1], path), cwd=ROOT).returncode)
 
 
 if __name__ == "__main__":

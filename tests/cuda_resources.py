@@ -1,0 +1,86 @@
+"""The registers and the shared memory of the CUDA kernels, as ptxas reports them.
+
+python tests/cuda_resources.py [chip ...]      compiles csrc/cuda for these chips: tests/cuda/resources.json
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import cuda_emulator
+
+SOURCES = sorted(path.name for path in cuda_emulator.CUDA.glob("*.cu"))
+CHIPS = ["sm_80", "sm_90a", "sm_100a", "sm_120"]
+TABLE = cuda_emulator.ROOT / "tests/cuda/resources.json"
+Resources = dict[
+    str, list[int]
+]  # of a kernel: registers of a thread, bytes of static shared memory of a block
+
+
+@functools.cache
+def version() -> str:
+    """Of nvcc."""
+    said = subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout
+    return str(re.findall(r"release ([\d.]+)", said)[0])
+
+
+def report(source: Path, chip: str) -> str:
+    """What ptxas says of the file's kernels. A warning, of which a spill is one, is an error."""
+    folder = cuda_emulator.BUILD.parent / "nvcc"
+    options = ["-std=c++17", "-O3", f"-arch={chip}", f"-I{cuda_emulator.ROOT / 'csrc'}"]
+    options += [
+        "-Werror=all-warnings",
+        "-Xcompiler=-Wall,-Wextra",
+        "-Xptxas=-v,-warn-spills,-warn-lmem-usage",
+    ]
+    with cuda_emulator.locked(folder):
+        cubin = cuda_emulator.kept(
+            ["nvcc", *options, "--cubin", str(source)], folder / f"{source.name}.{chip}"
+        )
+        return Path(f"{cubin}.said").read_text()
+
+
+def resources(said: str) -> Iterator[tuple[str, int, int, int]]:
+    """(kernel, registers, static shared memory, spilled bytes) of each."""
+    pattern = (
+        r"Function properties for (\S+)\n.*, (\d+) bytes spill stores, (\d+) bytes spill loads\n"
+        r".*?Used (\d+) registers([^\n]*)"
+    )
+    for name, stores, loads, registers, rest in re.findall(pattern, said):
+        shared = re.findall(r"(\d+) bytes smem", rest)
+        yield name, int(registers), int(shared[0]) if shared else 0, int(stores) + int(loads)
+
+
+def demangled(names: list[str]) -> list[str]:
+    """Without arguments and our namespace."""
+    text = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
+    return [
+        re.sub(r"\(.*|^void ", "", line.replace("fastgpt::cuda::", "")) for line in text.stdout.splitlines()
+    ]
+
+
+def measured(source: str, chip: str) -> Resources:
+    found = list(resources(report(cuda_emulator.CUDA / source, chip)))
+    names = demangled([name for name, *_ in found])
+    assert len(set(names)) == len(found)
+    return {name: [registers, shared] for name, (_, registers, shared, _) in zip(names, found, strict=True)}
+
+
+def main() -> None:
+    table = json.loads(TABLE.read_text()) if TABLE.exists() else {"kernels": {}}
+    for chip in sys.argv[1:] or CHIPS:
+        for source in SOURCES:
+            table["kernels"].setdefault(source, {})[chip] = measured(source, chip)
+            print(source, chip, flush=True)
+    table["nvcc"] = version()
+    TABLE.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+
+
+if __name__ == "__main__":
+    main()
