@@ -3,22 +3,9 @@
 
 namespace fastgpt::FASTGPT_ISA {
 
-typedef uint64_t Wide __attribute__((vector_size(FASTGPT_VECTOR_BYTES)));
-
-// The products of the even lanes with m, 64 bits each.
-inline Wide multiply_even(Bits x, uint32_t m) {
-#if FASTGPT_VECTOR_BYTES == 64
-  return (Wide)_mm512_maskz_mul_epu32(0xff, (__m512i)x, _mm512_set1_epi64(m));  // without: GCC 12 warns
-#elif FASTGPT_VECTOR_BYTES == 32
-  return (Wide)_mm256_mul_epu32((__m256i)x, _mm256_set1_epi64x(m));
-#else
-  return ((Wide)x & 0xffffffffu) * m;
-#endif
-}
-
 // The upper halves of the products with m. Lanes are little-endian, as everywhere that PyTorch runs.
 inline Bits multiply_high(Bits x, uint32_t m) {
-  const Wide even = multiply_even(x, m), odd = multiply_even((Bits)((Wide)x >> 32), m);
+  const Wide even = multiply_low((Wide)x, Wide{} + m), odd = multiply_low((Wide)x >> 32, Wide{} + m);
   return (Bits)((even >> 32) | (odd & 0xffffffff00000000u));
 }
 
