@@ -2,8 +2,8 @@
 
     python tests/cuda_barriers.py [word ...]      those alone whose file or text holds one of the words
 
-Prints which removals nothing noticed, and exits with status 1 if there are any: such a barrier is not needed, or
-the tests do not see that it is.
+Prints which removals nothing noticed, and exits with status 1 if there are any: such a barrier is not needed,
+or the tests do not see that it is.
 """
 
 from __future__ import annotations

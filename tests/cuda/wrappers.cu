@@ -1,5 +1,5 @@
-// One kernel for each function of ptx.cuh. Operands are loaded from, and results stored to, words whose offsets
-// tell which they are: test_wrappers.py reads the compiled code.
+// One kernel for each function of ptx.cuh. Operands are loaded from, and results stored to, words whose
+// offsets tell which they are: test_wrappers.py reads the compiled code.
 #include "cuda/ptx.cuh"
 
 using namespace fastgpt::cuda;

@@ -300,7 +300,8 @@ void run_block(uint3 index, dim3 grid, dim3 size, size_t dynamic_bytes) {
   char* const stacks = renew(block.stacks, kMostThreads * Context::kStack);
   if (stacks != block.stacks) block.guarded = 0;
   block.stacks = stacks;
-  for (; block.guarded < block.threads; ++block.guarded) {  // a kernel that needs more than its stack ends here
+  for (; block.guarded < block.threads;
+       ++block.guarded) {  // a kernel that needs more than its stack ends here
     mprotect(stacks + block.guarded * Context::kStack, kPage, PROT_NONE);
   }
   allow(block.arena, kArena);
