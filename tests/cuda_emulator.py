@@ -103,6 +103,15 @@ def command(source: Path, checked: str, csrc: Path) -> list[str]:
     return ["g++", *flags, *language, *(f"-I{path}" for path in includes), "-c", str(source)]
 
 
+@contextmanager
+def locked(target: Path) -> Iterator[None]:
+    """Test processes start together and make each file once."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with Path(f"{target}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def kept(call: Sequence[str], target: Path) -> Path:
     """The compiler's output in `target`, and what it said in `target`.said.
 
@@ -117,10 +126,11 @@ def kept(call: Sequence[str], target: Path) -> Path:
             digest.update(Path(name).read_bytes() if Path(name).exists() else b"?")
         return digest.hexdigest()
 
-    if not (target.exists() and stamp.exists() and stamp.read_text() == state()):
-        stamp.unlink(missing_ok=True)
-        said.write_text(run([*call, "-MMD", "-MF", str(reads), "-o", str(target)]))
-        stamp.write_text(state())
+    with locked(target):
+        if not (target.exists() and stamp.exists() and stamp.read_text() == state()):
+            stamp.unlink(missing_ok=True)
+            said.write_text(run([*call, "-MMD", "-MF", str(reads), "-o", str(target)]))
+            stamp.write_text(state())
     return target
 
 
@@ -131,20 +141,10 @@ def run(call: Sequence[str]) -> str:
     return done.stdout + done.stderr
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Test processes start together and build once."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def compiled(source: Path, checked: str = "", csrc: Path = CSRC) -> Path:
     """The object file of a launcher, a binding or a part of the emulator."""
     # The sanitizers have to know what kernels do: bindings, like PyTorch, are not compiled for them.
     folder = BUILD / ("plain" if source.name.endswith("_ops.cpp") else checked or "plain")
-    folder.mkdir(parents=True, exist_ok=True)
     return kept(command(source, checked, csrc), folder / f"{source.name}.o")
 
 
@@ -158,15 +158,15 @@ def link(objects: Sequence[Path], out: Path, checked: str = "") -> None:
 
 def build(files: Sequence[Path], name: str, checked: str = "", jobs: int = 2) -> Path:
     """Links the emulator and `files`, compiled where they have changed."""
-    with locked(BUILD):
-        parts = [EMULATOR / "runtime.cpp", EMULATOR / "copy.cpp", *files]
-        with ThreadPoolExecutor(jobs) as pool:
-            objects = list(pool.map(lambda part: compiled(part, checked), parts))
-        digest = hashlib.sha256()
-        for part in objects:
-            digest.update(Path(f"{part}.stamp").read_bytes())
-        # Named for its contents: a process may still run what was built before.
-        out = BUILD / (checked or "plain") / f"{name}-{digest.hexdigest()[:16]}"
+    parts = [EMULATOR / "runtime.cpp", EMULATOR / "copy.cpp", *files]
+    with ThreadPoolExecutor(jobs) as pool:
+        objects = list(pool.map(lambda part: compiled(part, checked), parts))
+    digest = hashlib.sha256()
+    for part in objects:
+        digest.update(Path(f"{part}.stamp").read_bytes())
+    # Named for its contents: a process may still run what was built before.
+    out = BUILD / (checked or "plain") / f"{name}-{digest.hexdigest()[:16]}"
+    with locked(out.with_name(name)):
         if not out.exists():
             for old in out.parent.glob(f"{name}-*"):
                 old.unlink()

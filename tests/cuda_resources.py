@@ -39,11 +39,8 @@ def report(source: Path, chip: str) -> str:
         "-Xcompiler=-Wall,-Wextra",
         "-Xptxas=-v,-warn-spills,-warn-lmem-usage",
     ]
-    with cuda_emulator.locked(folder):
-        cubin = cuda_emulator.kept(
-            ["nvcc", *options, "--cubin", str(source)], folder / f"{source.name}.{chip}"
-        )
-        return Path(f"{cubin}.said").read_text()
+    cubin = cuda_emulator.kept(["nvcc", *options, "--cubin", str(source)], folder / f"{source.name}.{chip}")
+    return Path(f"{cubin}.said").read_text()
 
 
 def resources(said: str) -> Iterator[tuple[str, int, int, int]]:
