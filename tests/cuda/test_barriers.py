@@ -26,10 +26,10 @@ def test_every_removal_is_noticed(barrier: cuda_barriers.Barrier) -> None:
 
 
 def test_barriers_are_found() -> None:
-    text = "a(); __syncthreads();\n__syncwarp();\nptx::cp_async_wait<0>();\ncp_async_wait<kStages>(); __syncthreads"
+    text = "a(); __syncthreads();\n__syncwarp();\nptx::cp_async_wait<0>();\ncp_async_wait<N>(); // sync"
     assert [m.group() for m in cuda_barriers.BARRIER.finditer(text)] == [
         "__syncthreads();",
         "__syncwarp();",
         "ptx::cp_async_wait<0>();",
-        "cp_async_wait<kStages>();",
+        "cp_async_wait<N>();",
     ]
