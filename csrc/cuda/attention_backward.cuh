@@ -210,8 +210,10 @@ __global__ void __launch_bounds__(L::kThreads)
   LeftRows<T, L::kRows, kD, 1, L::kHeld> keys{k_tile, own_row}, values{v_tile, own_row};
   ptx::cp_async_wait<0>();
   __syncthreads();  // k, v and the first queries have come
-  keys.hold();
-  values.hold();
+  if (start < stop) {  // keys out of all windows are not read: no barrier comes before their gradients
+    keys.hold();
+    values.hold();
+  }
 
   for (int first = start, stage = 0; first < stop; first += N, stage ^= 1) {
     if (first + N < stop) copy_queries(first + N, stage ^ 1);
