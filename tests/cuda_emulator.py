@@ -242,8 +242,10 @@ def environment(checked: str, path: Path) -> dict[str, str]:
     """In which Python runs the kernels of a library; a sanitizer's own must be there from the start."""
     changes = {**OPTIONS, LIBRARY: str(path)}
     if checked:
-        call = ["g++", f"-print-file-name=lib{checked[0]}san.so"]
-        changes["LD_PRELOAD"] = subprocess.run(call, capture_output=True, text=True).stdout.strip()
+        # With libstdc++, which Python does not load: the sanitizers would not find what throws exceptions.
+        names = [f"lib{checked[0]}san.so", "libstdc++.so.6"]
+        found = [run(["g++", f"-print-file-name={name}"]).strip() for name in names]
+        changes["LD_PRELOAD"] = ":".join(found)
     return {**os.environ, **changes}
 
 
