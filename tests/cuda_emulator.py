@@ -81,9 +81,9 @@ def absent() -> str | None:
 
 
 def sources() -> list[Path]:
-    """Launchers and bindings, in order."""
+    """Launchers, bindings and the like, in order."""
     only = tuple(os.environ.get("FASTGPT_EMULATOR_ONLY", "").split(","))
-    names = sorted(path.name for path in CUDA.iterdir() if re.search(r"(\.cu|_ops\.cpp)$", path.name))
+    names = sorted(path.name for path in CUDA.iterdir() if path.suffix in (".cu", ".cpp"))
     return [CUDA / name for name in names if name.startswith((*only, "partials"))]
 
 

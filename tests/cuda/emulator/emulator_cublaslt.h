@@ -1,4 +1,4 @@
-// The part of cuBLASLt that csrc/cuda/cublaslt.cu calls, computed on the CPU:
+// The part of cuBLASLt that csrc/cuda/cublaslt.cpp calls, computed on the CPU:
 // names, arguments and rules are those of NVIDIA's cublasLt.h
 // (tests/cuda/test_cublaslt.py compares the constants where that is installed).
 // Each product is written down for the tests, with what was asked of the
