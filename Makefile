@@ -6,6 +6,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 STAMP  := $(VENV)/.installed
 BUILT  := $(VENV)/.built
 CSRC   := $(shell find csrc -type f)
+CXX_FILES := $(filter %.h %.cpp %.cu %.cuh,$(CSRC) $(wildcard tests/cuda/* tests/cuda/emulator/*))
 
 .DEFAULT_GOAL := help
 .PHONY: help train install test test-gpu test-slow sanitize mutants lint format clean
@@ -51,14 +52,16 @@ sanitize: install  ## run the CUDA kernels, emulated, under the address, undefin
 mutants: install  ## break the code in known ways, one at a time, and see that a test notices (hours)
 	$(BIN)/python tests/mutants.py -j 2 $(ARGS)
 
-lint: install  ## ruff and mypy
+lint: install  ## ruff, clang-format and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 	$(BIN)/mypy
 
-format: install  ## let ruff put the code in order
+format: install  ## let ruff and clang-format put the code in order
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
 
 clean:  ## remove .venv and build leftovers (runs/ stays)
 	rm -rf $(VENV) build dist *.egg-info fastgpt/_C.*.so
