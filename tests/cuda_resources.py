@@ -15,7 +15,9 @@ from pathlib import Path
 
 import cuda_emulator
 
-SOURCES = sorted(path.name for path in cuda_emulator.CUDA.glob("*.cu"))
+from fastgpt.kernels import aot
+
+SOURCES = sorted(path.name for path in cuda_emulator.CUDA.glob("*.cu") if '.cuh"' in path.read_text())
 CHIPS = ["sm_80", "sm_90a", "sm_100a", "sm_120"]
 TABLE = cuda_emulator.ROOT / "tests/cuda/resources.json"
 Resources = dict[
@@ -30,8 +32,8 @@ def version() -> str:
     return str(re.findall(r"release ([\d.]+)", said)[0])
 
 
-def report(source: Path, chip: str) -> str:
-    """What ptxas says of the file's kernels. A warning, of which a spill is one, is an error."""
+def cubin(source: Path, chip: str) -> Path:
+    """The compiled file, with what ptxas said beside it. A warning, of which a spill is one, is an error."""
     folder = cuda_emulator.BUILD.parent / "nvcc"
     options = ["-std=c++17", "-O3", f"-arch={chip}", f"-I{cuda_emulator.ROOT / 'csrc'}"]
     options += [
@@ -39,8 +41,7 @@ def report(source: Path, chip: str) -> str:
         "-Xcompiler=-Wall,-Wextra",
         "-Xptxas=-v,-warn-spills,-warn-lmem-usage",
     ]
-    cubin = cuda_emulator.kept(["nvcc", *options, "--cubin", str(source)], folder / f"{source.name}.{chip}")
-    return Path(f"{cubin}.said").read_text()
+    return cuda_emulator.kept(["nvcc", *options, "--cubin", str(source)], folder / f"{source.name}.{chip}")
 
 
 def resources(said: str) -> Iterator[tuple[str, int, int, int]]:
@@ -63,10 +64,17 @@ def demangled(names: list[str]) -> list[str]:
 
 
 def measured(source: str, chip: str) -> Resources:
-    found = list(resources(report(cuda_emulator.CUDA / source, chip)))
+    found = list(resources(Path(f"{cubin(cuda_emulator.CUDA / source, chip)}.said").read_text()))
     names = demangled([name for name, *_ in found])
     assert len(set(names)) == len(found)
     return {name: [registers, shared] for name, (_, registers, shared, _) in zip(names, found, strict=True)}
+
+
+def machine_code(source: str, chip: str) -> dict[str, str]:
+    """Of each kernel."""
+    code = aot.sass(cubin(cuda_emulator.CUDA / source, chip).read_bytes())
+    found = dict(re.findall(r"\.text\.(\w+):\n(.*?)(?=\n\.text\.|\Z)", code, re.DOTALL))
+    return dict(zip(demangled(list(found)), found.values(), strict=True))
 
 
 def main() -> None:

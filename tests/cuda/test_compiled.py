@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import cuda_emulator
 import pytest
-from cuda_resources import CHIPS, SOURCES, TABLE, measured, report, resources, version
+from cuda_resources import CHIPS, SOURCES, TABLE, cubin, machine_code, measured, resources, version
+
+from fastgpt.kernels import aot
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 
@@ -28,6 +31,30 @@ def compare(source: str, chip: str) -> None:
 def test_resources(source: str) -> None:
     """On the oldest chip; the others take minutes."""
     compare(source, "sm_80")
+
+
+# Kernels (the beginning of a name) that read and write 16 bytes at a time, and that use tensor cores.
+ELEMENTWISE = "norm_forward|norm_backward|(bias_)?gelu_|dropout_add_|embedding_"
+TENSOR_CORES = "attention_forward_kernel|attention_backward_keys_kernel|attention_backward_queries_kernel"
+REQUIRED = {
+    f"{ELEMENTWISE}|norm_sums_wide|{TENSOR_CORES}": aot.VECTOR_LOAD,
+    f"{ELEMENTWISE}|{TENSOR_CORES}": aot.VECTOR_STORE,
+    TENSOR_CORES: aot.TENSOR_CORES[80],
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_machine_code(source: str) -> None:
+    for kernel, code in machine_code(source, "sm_80").items():
+        for kernels, instruction in REQUIRED.items():
+            if re.match(kernels, kernel):
+                assert re.search(instruction, code), f"{kernel}: no {instruction}"
+
+
+def test_the_required_kernels_exist() -> None:
+    kernels = [k for chips in json.loads(TABLE.read_text())["kernels"].values() for k in chips["sm_80"]]
+    for name in "|".join(REQUIRED).replace("(bias_)?", "").split("|"):
+        assert any(kernel.startswith(name) for kernel in kernels), name
 
 
 @pytest.mark.slow
@@ -54,4 +81,4 @@ def test_a_spill_is_an_error(tmp_path: Path) -> None:
         "for (int i = 0; i < 80; ++i) x[i * n + 1] = v[i] * v[79 - i]; }"
     )
     with pytest.raises(cuda_emulator.InputError, match="spilled"):
-        report(source, "sm_80")
+        cubin(source, "sm_80")
