@@ -30,7 +30,7 @@ constexpr int kGeluElements = 2 * Vec<T>::kSize;  // of a thread
 
 constexpr int kBiasWarps = 8;
 constexpr int kBiasRows = 2;         // of a thread, forward
-constexpr int kBiasBlocksPerSm = 4;  // backward: with up to 64 registers a thread, 32 KB in flight
+constexpr int kBiasBlocksPerSm = 4;  // backward: with 64 registers a thread, 32 KB in flight
 
 // 2 u / ln 2, for exp2: three instructions, of which a multiply-add.
 FASTGPT_DEVICE float twice_u(float h) {
