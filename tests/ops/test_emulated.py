@@ -16,8 +16,9 @@ from torch import Tensor
 from fastgpt import ops
 from fastgpt.ops import Implementation
 
-from .helpers import CASES, Case
+from .helpers import CASES, Case, _case, assert_accurate
 from .test_operators import gradients, requiring
+from .test_table import forward_backward
 
 CPU = torch.device("cpu")
 ROWS = [row for row in ops.table() if row.name == "emulated" and row.missing(CPU) is None]
@@ -26,9 +27,25 @@ SANITIZED = cuda_emulator.LIBRARY in os.environ
 MOST_ELEMENTS = 6400 if SANITIZED else 1 << 30
 
 
+# Rows with a block of their own, and too long to keep; whole vectors or not; more than one for each program.
+LONG = [
+    _case(operation, f"{rows}x{width}", call, *shapes(rows, width))
+    for rows, width in [(9, 1100), (2, 1601), (2, 4104), (3, 5001)]
+    for operation, call, shapes in [
+        ("layer_norm", ops.layer_norm, lambda rows, width: ((rows, width), (width,), (width,))),
+        (
+            "add_layer_norm",
+            ops.add_layer_norm,
+            lambda rows, width: ((rows, width), (rows, width), (width,), (width,)),
+        ),
+        ("rms_norm", ops.rms_norm, lambda rows, width: ((rows, width), (width,))),
+    ]
+]
+
+
 def cases(row: Implementation) -> list[Case]:
-    chosen = [case for case in CASES if case.operation == row.operation]
-    return [case for case in chosen if max(x.numel() for x in case.make()) <= MOST_ELEMENTS]
+    chosen = [case for case in CASES if max(x.numel() for x in case.make()) <= MOST_ELEMENTS]
+    return [case for case in [*chosen, *LONG] if case.operation == row.operation]
 
 
 def everything(case: Case, dtype: torch.dtype) -> list[Tensor]:
@@ -58,3 +75,18 @@ def test_schedules_agree(row: Implementation, dtype: torch.dtype, any_schedule: 
             for a, b in zip(results[0], other, strict=True):
                 assert torch.equal(a, b), f"{case.name}: {schedule}"
                 assert not a.isnan().any(), case.name
+
+
+@pytest.mark.skipif(not ROWS, reason="nothing is emulated here")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", LONG, ids=lambda case: f"emulated-{case.operation}-{case.name}")
+def test_accuracy_of_long_rows(case: Case, dtype: torch.dtype) -> None:
+    inputs = case.inputs(dtype)
+    exact = [x.detach().double() for x in inputs]
+    cotangents = [torch.randn(out.shape).to(dtype) for out in case(exact, "eager")]
+    oracle = forward_backward(case, exact, "eager", [g.double() for g in cotangents])
+    eager = forward_backward(case, inputs, "eager", cotangents)
+    emulated = forward_backward(case, inputs, "emulated", cotangents)
+    for part in (0, 1):
+        for a, b, c in zip(emulated[part], eager[part], oracle[part], strict=True):
+            assert_accurate(a, b, c)
