@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -12,9 +13,14 @@ import pytest
 pytestmark = pytest.mark.skipif(cuda_emulator.absent() is not None, reason=str(cuda_emulator.absent()))
 
 
-def test_every_way_gives_the_product() -> None:
-    program = cuda_emulator.build([Path(__file__).with_name("fragments.cu")], "fragments")
-    lines = subprocess.run([program], capture_output=True, text=True, check=True).stdout.splitlines()
+@pytest.mark.parametrize("checked", cuda_emulator.SANITIZERS)
+def test_every_way_gives_the_product(checked: str) -> None:
+    """With the sanitizers too, which must not take what the emulator does itself for the kernel's."""
+    program = cuda_emulator.build([Path(__file__).with_name("fragments.cu")], "fragments", checked)
+    environment = {**os.environ, **cuda_emulator.OPTIONS}
+    done = subprocess.run([program], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
     row, k, column = np.arange(16)[:, None], np.arange(16), np.arange(8)
     a = (row * 5 + k * 3) % 7 - 3
     b = (k[:, None] * 2 + column * 5) % 9 - 4
