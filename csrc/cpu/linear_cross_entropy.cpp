@@ -54,7 +54,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor
   if (rows == 0) total.zero_();
   // Rows of padding may hold NaN, which 0 * NaN would carry to dx.
   const auto dtype = x.scalar_type() == at::kHalf ? at::kFloat : x.scalar_type();
-  const Tensor w = weight.slice(0, 0, vocab_size).to(dtype), flat = x.reshape({rows, width}).to(dtype);
+  const Tensor w = plain(weight.slice(0, 0, vocab_size), dtype),
+               flat = plain(x.reshape({rows, width}), dtype);
   const Tensor dx = empty({x_gradient ? rows : 0, width}, dtype);
   const auto g = dloss.has_value() ? std::optional(dloss->reshape(-1)) : std::nullopt;
 

@@ -34,7 +34,9 @@ def test_resources(source: str) -> None:
 
 
 # Kernels (the beginning of a name) that read and write 16 bytes at a time, and that use tensor cores.
-ELEMENTWISE = "norm_forward|norm_backward|(bias_)?gelu_|dropout_add_|embedding_"
+ELEMENTWISE = (
+    "norm_forward|norm_backward|(bias_)?gelu_|dropout_add_|embedding_|cross_entropy_kernel|scale_kernel"
+)
 TENSOR_CORES = "attention_forward_kernel|attention_backward_keys_kernel|attention_backward_queries_kernel"
 REQUIRED = {
     f"{ELEMENTWISE}|norm_sums_wide|{TENSOR_CORES}": aot.VECTOR_LOAD,

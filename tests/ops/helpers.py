@@ -184,6 +184,9 @@ def _cases() -> list[Case]:
     targets = torch.arange(6).reshape(2, 3) * 7
     some = targets.clone()
     some[0, 1] = some[1, 2] = -100
+    # Longer than a CUDA block takes in three steps: in each of its four groups of copies there is one.
+    long = (2, 25008), targets[0, :2]
+    cases.append(_case("cross_entropy", "long", ops.cross_entropy, *long, vocab_size=25001))
     options_of: list[tuple[str, Tensor, dict[str, Any]]] = [
         ("plain", targets, {}),
         ("sum", some, {"reduction": "sum"}),
