@@ -9,7 +9,12 @@ typedef float Vec __attribute__((vector_size(FASTGPT_VECTOR_BYTES)));
 typedef int32_t IntVec __attribute__((vector_size(FASTGPT_VECTOR_BYTES)));  // and what comparisons give
 typedef uint32_t Bits __attribute__((vector_size(FASTGPT_VECTOR_BYTES)));
 typedef uint16_t HalfBits __attribute__((vector_size(FASTGPT_VECTOR_BYTES / 2)));
-typedef uint64_t Wide __attribute__((vector_size(FASTGPT_VECTOR_BYTES)));
+
+inline IntVec lane_numbers() {
+  IntVec numbers;
+  for (int64_t i = 0; i < kWidth; ++i) numbers[i] = static_cast<int32_t>(i);
+  return numbers;
+}
 
 inline Vec splat(float x) { return Vec{} + x; }
 inline Bits as_bits(Vec x) { return (Bits)x; }
@@ -156,52 +161,6 @@ inline Vec exp(Vec x) {
   y = x > 88.7228394f ? splat(std::numeric_limits<float>::infinity()) : y;
   y = x < -87.3365479f ? Vec{} : y;
   return x == x ? y : x;
-}
-
-// The products of the low halves.
-inline Wide multiply_low(Wide a, Wide b) {
-#if FASTGPT_VECTOR_BYTES == 64
-  return (Wide)_mm512_maskz_mul_epu32(0xff, (__m512i)a, (__m512i)b);  // GCC 12 warns of the plain one
-#elif FASTGPT_VECTOR_BYTES == 32
-  return (Wide)_mm256_mul_epu32((__m256i)a, (__m256i)b);
-#elif defined(FASTGPT_X86)
-  return (Wide)_mm_mul_epu32((__m128i)a, (__m128i)b);
-#else
-  return (a & 0xffffffffu) * (b & 0xffffffffu);
-#endif
-}
-
-// The low halves, those of even lanes and those of odd ones.
-inline Bits joined(const Wide* c) { return (Bits)((c[0] & 0xffffffffu) | (c[1] << 32)); }
-
-struct RandomWords {
-  Bits words[4];
-};
-
-// Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): four random words
-// for each lane, of the counters (first + lane, second, 0, 0), with the seed as key. Numbers are in the low
-// halves of 64-bit lanes, where products are whole: those of even lanes, and those of odd ones. What comes
-// into the high halves is not used.
-inline RandomWords philox(int64_t seed, uint32_t first, uint32_t second) {
-  constexpr uint64_t even_lanes[] = {0, 2, 4, 6, 8, 10, 12, 14};
-  Wide lanes;
-  __builtin_memcpy(&lanes, even_lanes, sizeof(lanes));
-  lanes += first;
-  Wide c0[2] = {lanes, lanes + 1}, c1[2] = {Wide{} + second, Wide{} + second}, c2[2] = {}, c3[2] = {};
-  Wide key0 = Wide{} + static_cast<uint64_t>(seed), key1 = key0 >> 32;
-  for (int round = 0; round < 10; ++round) {
-    for (int odd = 0; odd < 2; ++odd) {
-      const Wide product0 = multiply_low(c0[odd], Wide{} + 0xd2511f53u);
-      const Wide product1 = multiply_low(c2[odd], Wide{} + 0xcd9e8d57u);
-      c0[odd] = (product1 >> 32) ^ c1[odd] ^ key0;
-      c2[odd] = (product0 >> 32) ^ c3[odd] ^ key1;
-      c1[odd] = product1;
-      c3[odd] = product0;
-    }
-    key0 += 0x9e3779b9u;
-    key1 += 0xbb67ae85u;
-  }
-  return {{joined(c0), joined(c1), joined(c2), joined(c3)}};
 }
 
 }  // namespace fastgpt::FASTGPT_ISA

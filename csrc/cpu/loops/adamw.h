@@ -4,6 +4,8 @@
 // Arithmetic is in fp32, over parts of a chunk. Where a tensor is of another type, its part is converted to a
 // buffer, or from one, in the L1 cache.
 
+#include "cpu/loops/philox.h"
+
 namespace fastgpt::FASTGPT_ISA {
 
 constexpr int64_t kPart = kChunk / 4;
@@ -42,8 +44,10 @@ inline void put(const float* from, void* to, Type type, int64_t at, int64_t n) {
 // k kPart + j.
 inline void chunk_words(int64_t seed, int64_t chunk, uint32_t* words) {
   for (int64_t j = 0; j < kPart; j += kWidth) {
-    const RandomWords random = philox(seed, static_cast<uint32_t>(j), static_cast<uint32_t>(chunk));
-    for (int64_t k = 0; k < 4; ++k) __builtin_memcpy(words + k * kPart + j, &random.words[k], sizeof(Bits));
+    Bits random[4] = {(Bits)lane_numbers() + static_cast<uint32_t>(j), Bits{} + static_cast<uint32_t>(chunk),
+                      Bits{}, Bits{}};
+    philox(random, static_cast<uint64_t>(seed), 10);
+    for (int64_t k = 0; k < 4; ++k) __builtin_memcpy(words + k * kPart + j, &random[k], sizeof(Bits));
   }
 }
 

@@ -29,12 +29,6 @@ inline Vec exp2(Vec x) {
 
 inline Vec minus_infinity() { return splat(-std::numeric_limits<float>::infinity()); }
 
-inline IntVec lane_numbers() {
-  IntVec numbers;
-  for (int64_t i = 0; i < kWidth; ++i) numbers[i] = static_cast<int32_t>(i);
-  return numbers;
-}
-
 // The rows of a tile of keys that some query of a group sees, from `low` to before `high`, rounded outwards
 // to kRows. Row n is seen by the query of lane i if n <= first + i and n > first + i - window.
 struct Seen {

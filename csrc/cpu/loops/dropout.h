@@ -1,4 +1,5 @@
 // Hot loop of dropout_add over blocks of elements. Compiled for each instruction set: see cpu/isa.h.
+#include "cpu/loops/philox.h"
 
 namespace fastgpt::FASTGPT_ISA {
 
@@ -13,12 +14,14 @@ void dropout_add(const T* x, const T* residual, T* y, int64_t seed, uint32_t thr
     const int64_t size = count - start < kDropoutBlock ? count - start : kDropoutBlock;
     const int64_t lanes = size < kDropoutBlock / 4 ? size : kDropoutBlock / 4;
     for (int64_t j = 0; j < lanes; j += kWidth) {
-      const RandomWords random = philox(seed, static_cast<uint32_t>(j), static_cast<uint32_t>(block));
+      Bits words[4] = {(Bits)lane_numbers() + static_cast<uint32_t>(j), Bits{} + static_cast<uint32_t>(block),
+                       Bits{}, Bits{}};
+      philox(words, static_cast<uint64_t>(seed), 10);
       for (int64_t k = 0; k < 4; ++k) {
         const int64_t c = k * (kDropoutBlock / 4) + j;
         if (c >= size) break;
         const int64_t n = left(size, c), at = start + c;
-        const Vec z = random.words[k] >= threshold ? splat(scale) : Vec{};
+        const Vec z = words[k] >= threshold ? splat(scale) : Vec{};
         Vec value = z * load(x + at, n);
         if (residual != nullptr) value += load(residual + at, n);
         store(y + at, value, n);
