@@ -51,9 +51,9 @@ std::tuple<Tensor, Tensor> bias_gelu_backward_op(const Tensor& dy, const Tensor&
   const int64_t width = bias.numel(), rows = width == 0 ? 0 : x.numel() / width;
   const int64_t count = bias_gelu_partials(dtype_of(dx), rows, width, sm_count());
   const Tensor partials = at::empty({count, width}, x.options().dtype(at::kFloat));
-  bias_gelu_backward(dout.const_data_ptr(), values.const_data_ptr(), b.const_data_ptr(), dx.mutable_data_ptr(),
-                     db.mutable_data_ptr(), partials.mutable_data_ptr<float>(), count, dtype_of(dx),
-                     approximate == "tanh", rows, width, current_stream());
+  bias_gelu_backward(dout.const_data_ptr(), values.const_data_ptr(), b.const_data_ptr(),
+                     dx.mutable_data_ptr(), db.mutable_data_ptr(), partials.mutable_data_ptr<float>(), count,
+                     dtype_of(dx), approximate == "tanh", rows, width, current_stream());
   return {dx.to(x.scalar_type()), db.to(bias.scalar_type())};
 }
 
