@@ -24,6 +24,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -169,7 +170,8 @@ def build(files: Sequence[Path], name: str, checked: str = "", jobs: int = 2) ->
     with locked(out.with_name(name)):
         if not out.exists():
             for old in out.parent.glob(f"{name}-*"):
-                old.unlink()
+                if old.stat().st_mtime < time.time() - 3600:  # others may run it, and look up its symbols
+                    old.unlink()
             link(objects, out, checked)
     return out
 

@@ -79,12 +79,13 @@ def machine_code(source: str, chip: str) -> dict[str, str]:
 
 def main() -> None:
     table = json.loads(TABLE.read_text()) if TABLE.exists() else {"kernels": {}}
+    table["nvcc"] = version()
+    table["kernels"] = {source: table["kernels"].get(source, {}) for source in SOURCES}
     for chip in sys.argv[1:] or CHIPS:
         for source in SOURCES:
-            table["kernels"].setdefault(source, {})[chip] = measured(source, chip)
+            table["kernels"][source][chip] = measured(source, chip)
+            TABLE.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
             print(source, chip, flush=True)
-    table["nvcc"] = version()
-    TABLE.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":
