@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
+import cuda_emulator
 import pytest
 import torch
 import triton_interpreter
@@ -13,6 +14,7 @@ from torch import Tensor
 from fastgpt import GPT, GPTConfig, ops
 
 triton_interpreter.request()
+cuda_emulator.register_rows()
 
 STEPS = 20
 # Two heads and layers, a vocabulary that is padded, and a context that is no multiple of a tile.
@@ -23,8 +25,10 @@ implementations = pytest.mark.parametrize("name", NAMES)
 
 
 @pytest.fixture(autouse=True)
-def same_start() -> Iterator[None]:
+def same_start(request: pytest.FixtureRequest) -> Iterator[None]:
     triton_interpreter.repair()
+    if "emulated" in request.node.name:
+        cuda_emulator.loaded()
     with ops.use():
         yield
 
@@ -58,10 +62,11 @@ def train(gpt: GPT, steps: int = STEPS) -> Tensor:
     return torch.stack(losses)
 
 
-def test_triton_has_every_operation_of_the_model() -> None:
+@pytest.mark.parametrize("name", ["triton", "native", "emulated"])
+def test_every_operation_has_a_kernel(name: str) -> None:
     """`use("triton")` leaves an operation without such a row at its old choice, unnoticed."""
-    rows = {row.operation for row in ops.table() if row.name == "triton"}
-    assert rows >= {row.operation for row in ops.table() if row.name == "eager"}
+    rows = {row.operation for row in ops.table() if row.name == name}
+    assert rows == {row.operation for row in ops.table() if row.name == "eager"}
 
 
 @implementations
