@@ -100,8 +100,8 @@ def test_packed(length: int, heads: int, width: int, dtype: torch.dtype, options
 
 
 # Prefill in chunks: queries end with the keys, whatever the tile in which they start. With a window, the
-# first keys are seen by none. 67 of 100: of a tile a warp sees its first key alone, with its last query; 70 of
-# 100: a warp sees all of a tile but for its last key, which its first query does not.
+# first keys are seen by none. 67 of 100: of a tile a warp sees its first key alone, with its last query.
+# 70 of 100: it sees all of a tile but for the last key, which its first query does not see.
 @pytest.mark.parametrize(
     ("tq", "tk", "width", "window"),
     [
