@@ -209,7 +209,7 @@ __global__ void __launch_bounds__(L::kThreads)
   float dk_acc[1][W / 8][4] = {}, dv_acc[1][W / 8][4] = {};
   LeftRows<T, L::kRows, kD, 1, L::kHeld> keys{k_tile, own_row}, values{v_tile, own_row};
   ptx::cp_async_wait<0>();
-  __syncthreads();  // k, v and the first queries have come
+  __syncthreads();     // k, v and the first queries have come
   if (start < stop) {  // keys out of all windows are not read: no barrier comes before their gradients
     keys.hold();
     values.hold();

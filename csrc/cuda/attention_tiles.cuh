@@ -160,8 +160,9 @@ FASTGPT_DEVICE void multiply_columns(float (&c)[R][W8][4], const float (&p)[R][N
   }
 }
 
-// Writes c to rows first + row0, ... of a (limit, D) matrix, from column 8 `chunk` on, 16 bytes at a time, by way of
-// rows row0, ... of a tile: those of this warp alone, which it has read before the last barrier or not at all.
+// Writes c to rows first + row0, ... of a (limit, D) matrix, from column 8 `chunk` on, 16 bytes at a time, by
+// way of rows row0, ... of a tile: those of this warp alone, which it has read before the last barrier or not
+// at all.
 template <typename T, int kRows, int kD, int R, int W8>
 FASTGPT_DEVICE void store_rows(const float (&c)[R][W8][4], const Tile<T, kRows, kD>& tile, int row0, T* to,
                                int64_t stride, int first, int limit, int D, int chunk = 0) {
