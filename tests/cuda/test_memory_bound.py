@@ -118,7 +118,7 @@ def test_dropout_masks_are_the_documented_ones(seed: int) -> None:
     assert abs((~kept).double().mean() - p) < 5 * (p * (1 - p) / n) ** 0.5
 
 
-@pytest.mark.parametrize(("first", "second"), itertools.product(DTYPES, DTYPES))
+@pytest.mark.parametrize(("first", "second"), list(itertools.product(DTYPES, DTYPES)))
 def test_dropout_of_mixed_dtypes(first: torch.dtype, second: torch.dtype) -> None:
     p, n = 0.3, QUARTER + 13
     x, residual, dy = torch.randn(n).to(first), torch.randn(n).to(second), torch.randn(n)
@@ -200,7 +200,7 @@ def made(sizes: list[int], dtype: torch.dtype, grad_dtype: torch.dtype) -> dict[
     }
 
 
-@pytest.mark.parametrize(("dtype", "grad_dtype"), itertools.product(DTYPES, DTYPES))
+@pytest.mark.parametrize(("dtype", "grad_dtype"), list(itertools.product(DTYPES, DTYPES)))
 @pytest.mark.parametrize("place", [lambda x: x, shifted], ids=["aligned", "shifted"])
 def test_chunks_of_tensors(dtype: torch.dtype, grad_dtype: torch.dtype, place: Any) -> None:
     """Sizes at the edges of pieces, parts and chunks, and no elements; steps and groups of their own."""
@@ -211,7 +211,7 @@ def test_chunks_of_tensors(dtype: torch.dtype, grad_dtype: torch.dtype, place: A
     exact["steps"] = [t.clone() for t in eager["steps"]]
     actual = {name: [t if name == "steps" else place(t) for t in tensors] for name, tensors in actual.items()}
     norm = torch.tensor(100.0)
-    options = {"grad_norm": norm, "max_grad_norm": 30.0}
+    options: dict[str, Any] = {"grad_norm": norm, "max_grad_norm": 30.0}
     for each, backend in [(exact, "eager"), (eager, "eager"), (actual, "emulated")]:
         step(each, backend, grad_scale=torch.tensor(4.0), **options)
     for name in ("params", "exp_avgs", "exp_avg_sqs"):
@@ -267,8 +267,8 @@ def test_stochastic_rounding(value: float) -> None:
     share = float((wanted - low) / (high - low))
     deviation = (share * (1 - share) / n) ** 0.5
     assert abs(float(up.mean()) - share) <= 5 * deviation + 2**-15
-    for distance in (1, 2, 8, PART):  # elements of one Philox, of the next thread, of the next part
-        pairs = float((up[distance:] * up[:-distance]).mean())
+    for apart in (1, 2, 8, PART):  # elements of one Philox, of the next thread, of the next part
+        pairs = float((up[apart:] * up[:-apart]).mean())
         assert abs(pairs - share**2) <= 5 * (2 * share**2 * (1 - share**2) / n) ** 0.5 + 2**-14
 
 
