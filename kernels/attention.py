@@ -299,8 +299,8 @@ def attention_forward(
     begin, share, splits = 0, Tk, 1
     if Tq <= FEW_QUERIES:
         config = config._replace(rows=FEW_QUERIES, warps=config.warps if config.rows == FEW_QUERIES else 4)
-        if seed is not None:  # never when generating, and in fp32 a second stage spills on sm_100
-            config = config._replace(stages=1)
+        if seed is not None:  # never when generating; a second stage and 4 warps spill up to 24 bytes
+            config = config._replace(stages=1, warps=8)
         begin = (
             max(Tk - Tq - window + 1, 0) // config.step * config.step
         )  # the first key seen, or a little before
