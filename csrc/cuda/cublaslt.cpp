@@ -5,6 +5,8 @@
 // and the bias runs along D's rows, as the epilogue wants it. The auxiliary matrix, h, is stored as D is. By
 // cublasLt.h its leading dimension must be a multiple of 8, its elements are of D's type, and the pointers of
 // bias and auxiliary matrix tell the heuristic how they are aligned.
+#include "cuda/cublaslt.h"
+
 #include <algorithm>
 #include <array>
 #include <map>
@@ -12,8 +14,6 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
-
-#include "cuda/cublaslt.h"
 
 #ifdef FASTGPT_EMULATED
 #include "emulator_cublaslt.h"
