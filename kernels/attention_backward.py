@@ -58,9 +58,10 @@ QUERIES_DROPOUT = Config(64, 32, 4, 2)
 KEYS_DROPOUT = Config(64, 32, 4, 1)
 # For tune.py: a stage more, half a step, half the rows.
 CANDIDATES = [Config(128, 64, 8, 3), Config(128, 32, 8, 2), Config(64, 64, 8, 2)]
-# 8 warps would make each product of heads up to 32 four times, and spill on sm_80; at 64, 4 spill on sm_100.
-QUERIES_FP32 = {32: Config(32, 32, 4, 1), 64: Config(32, 32, 8, 1), 256: Config(16, 32, 8, 1, chunk=64)}
-KEYS_FP32 = {64: Config(32, 32, 4, 1), 256: Config(16, 32, 8, 1, chunk=64)}
+# Up to 32, where 32 rows would each be whole in a warp, that spills; 4 warps for dq at 64 spill on sm_100.
+_FP32_NARROW, _FP32_WIDE = Config(16, 32, 4, 1), Config(16, 32, 8, 1, chunk=64)
+QUERIES_FP32 = {32: _FP32_NARROW, 64: Config(32, 32, 8, 1), 256: _FP32_WIDE}
+KEYS_FP32 = {32: _FP32_NARROW, 64: Config(32, 32, 4, 1), 256: _FP32_WIDE}
 
 
 @triton.jit
