@@ -186,6 +186,14 @@ def loaded() -> ctypes.CDLL:
     return ctypes.CDLL(str(path))
 
 
+def launches(clear: bool = False) -> list[tuple[str, int, int]]:
+    """Launches so far, each once: kernel (mangled), threads of a block, bytes of dynamic shared memory."""
+    call = loaded().emulator_launches
+    call.restype = ctypes.c_char_p
+    lines = [line.split() for line in call(clear).decode().splitlines()]
+    return [(name, int(threads), int(shared)) for name, threads, shared in lines]
+
+
 def set_schedule(schedule: str) -> None:
     if loaded().emulator_schedule(schedule.encode()) != 0:
         raise InputError(f"no schedule {schedule!r}")

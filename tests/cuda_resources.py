@@ -19,6 +19,16 @@ from fastgpt.kernels import aot
 
 SOURCES = sorted(path.name for path in cuda_emulator.CUDA.glob("*.cu") if '.cuh"' in path.read_text())
 CHIPS = ["sm_80", "sm_90a", "sm_100a", "sm_120"]
+# Of a multiprocessor: warps, blocks, and bytes of shared memory, of which each block takes one KiB more than
+# it asks for (CUDA programming guide, "technical specifications per compute capability").
+LIMITS = {
+    "sm_80": (64, 32, 164 << 10),
+    "sm_90a": (64, 32, 228 << 10),
+    "sm_100a": (64, 32, 228 << 10),
+    "sm_120": (48, 24, 100 << 10),
+}
+REGISTERS = 65536  # of a multiprocessor; a warp's are rounded up to REGISTER_UNIT
+REGISTER_UNIT = 256
 TABLE = cuda_emulator.ROOT / "tests/cuda/resources.json"
 Resources = dict[
     str, list[int]
@@ -53,6 +63,16 @@ def resources(said: str) -> Iterator[tuple[str, int, int, int]]:
     for name, stores, loads, registers, rest in re.findall(pattern, said):
         shared = re.findall(r"(\d+) bytes smem", rest)
         yield name, int(registers), int(shared[0]) if shared else 0, int(stores) + int(loads)
+
+
+def occupancy(chip: str, threads: int, registers: int, shared: int) -> float:
+    """The share of a multiprocessor's warps that blocks of `threads` threads can fill; 0 if none fits."""
+    most_warps, most_blocks, most_shared = LIMITS[chip]
+    warps = -(-threads // 32)
+    warp_registers = -(-registers * 32 // REGISTER_UNIT) * REGISTER_UNIT
+    by_registers = REGISTERS // warp_registers // warps
+    blocks = min(most_blocks, most_warps // warps, by_registers, most_shared // (shared + 1024))
+    return blocks * warps / most_warps
 
 
 def demangled(names: list[str]) -> list[str]:

@@ -49,6 +49,7 @@ class Launch {
   void operator()(void (*kernel)(Parameters...), Arguments&&... arguments) {
     if (empty_) return;
 #ifdef FASTGPT_EMULATED
+    emulator::record(reinterpret_cast<void*>(kernel), block_, shared_);
     emulator::launch(name_, grid_, block_, shared_, [=]() { kernel(static_cast<Parameters>(arguments)...); });
 #else
     constexpr int64_t kWithoutAsking = 48 << 10;

@@ -31,6 +31,9 @@ extern Thread* current;
 void launch(const char* kernel, dim3 grid, dim3 block, int64_t dynamic_shared_bytes,
             const std::function<void()>& body);
 
+// Notes the size of a launch, for emulator_launches.
+void record(const void* function, dim3 block, int64_t dynamic_shared_bytes);
+
 // Ends the launch: "KERNEL: FILE:LINE: message, in block (x, y, z), thread (x, y, z)".
 [[noreturn]] void fail(Site site, const char* format, ...) __attribute__((format(printf, 2, 3)));
 [[noreturn]] void misaligned(const void* pointer, size_t bytes, Site site);

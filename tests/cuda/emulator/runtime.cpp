@@ -3,6 +3,8 @@
 // Compiled without the sanitizers: what happens here is not the kernel's. Under ThreadSanitizer only
 // barriers,
 // __syncwarp and the ends of a launch order memory, so that accesses which nothing else separates are races.
+#include <dlfcn.h>
+
 #include <algorithm>
 #include <cstdarg>
 #include <cstdio>
@@ -10,6 +12,7 @@
 #include <memory>
 #include <mutex>
 #include <random>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -525,6 +528,27 @@ void cp_async_wait(int count) {
 }  // namespace emulator
 
 // For Python: a schedule for the launches to come; 0, or 1 where there is no such schedule.
+namespace {
+std::set<std::string> launches;
+}
+
+void emulator::record(const void* function, dim3 block, int64_t dynamic_shared_bytes) {
+  Dl_info info;
+  if (dladdr(function, &info) == 0 || info.dli_saddr != function) return;  // a kernel that is not exported
+  const std::lock_guard<std::mutex> lock(one_launch);
+  launches.insert(std::string(info.dli_sname) + ' ' + std::to_string(block.x * block.y * block.z) + ' ' +
+                  std::to_string(dynamic_shared_bytes));
+}
+
+// The sizes of the launches so far, a line each: kernel (mangled), threads, bytes of dynamic shared memory.
+extern "C" const char* emulator_launches(bool clear) {
+  static std::string text;
+  text.clear();
+  for (const std::string& line : launches) text += line + '\n';
+  if (clear) launches.clear();
+  return text.c_str();
+}
+
 extern "C" int emulator_schedule(const char* text) {
   try {
     emulator::schedule = emulator::parse(text);
