@@ -1,4 +1,4 @@
-"""What all tests share: one thread, a cache of their own, small texts and small runs."""
+"""What all tests share: one thread, Triton's interpreter, an own cache, small texts and small runs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton_interpreter
 
 from fastgpt.config import GPTConfig, TrainConfig
 
@@ -18,6 +19,13 @@ from fastgpt.config import GPTConfig, TrainConfig
 # OpenMP threads that wait for each other on a busy core are many times slower than one.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+
+triton_interpreter.request()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _right_bf16() -> None:
+    triton_interpreter.repair()
 
 
 @pytest.fixture(autouse=True, scope="session")

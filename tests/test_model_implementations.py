@@ -8,12 +8,10 @@ from collections.abc import Iterator
 import cuda_emulator
 import pytest
 import torch
-import triton_interpreter
 from torch import Tensor
 
 from fastgpt import GPT, GPTConfig, ops
 
-triton_interpreter.request()
 cuda_emulator.register_rows()
 
 STEPS = 20
@@ -26,7 +24,6 @@ implementations = pytest.mark.parametrize("name", NAMES)
 
 @pytest.fixture(autouse=True)
 def same_start(request: pytest.FixtureRequest) -> Iterator[None]:
-    triton_interpreter.repair()
     if "emulated" in request.node.name:
         cuda_emulator.loaded()
     with ops.use():

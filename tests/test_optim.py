@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import triton_interpreter
 from torch import Tensor, nn
 
 from fastgpt import ops
@@ -32,16 +31,10 @@ MUTANTS = {
         ("(bits + torch.randint_like(bits, 1 << 16))", "bits"),
     ],
 }
-triton_interpreter.request()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = [
     row.name for row in ops.table() if row.operation == "adamw_" and not row.missing(torch.device(DEVICE))
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def right_bf16() -> None:
-    triton_interpreter.repair()
 
 
 @pytest.fixture(params=BACKENDS, autouse=True)

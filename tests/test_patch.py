@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import triton_interpreter
 from torch import Tensor
 
 import fastgpt
@@ -18,7 +17,6 @@ from fastgpt import ops
 from fastgpt.errors import InputError
 from fastgpt.ops import Implementation
 
-triton_interpreter.request()
 transformers = pytest.importorskip(
     "transformers", reason="transformers is an extra: pip install 'fastgpt[hf]'"
 )
@@ -31,7 +29,6 @@ SINCE_5 = int(transformers.__version__.split(".")[0]) >= 5
 
 @pytest.fixture(autouse=True)
 def same_start() -> Any:
-    triton_interpreter.repair()
     torch.manual_seed(0)
     with ops.use():
         yield

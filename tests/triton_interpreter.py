@@ -1,6 +1,6 @@
 """Triton's interpreter, as tests use it: kernels run on CPU tensors where there is no GPU.
 
-Call `request()` at the top of a conftest, before anything imports Triton, and `repair()` before kernels run.
+tests/conftest.py calls `request()` before anything imports Triton, and `repair()` before kernels run.
 """
 
 from __future__ import annotations

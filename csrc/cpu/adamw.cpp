@@ -1,7 +1,6 @@
 // adamw_ and grad_norm on CPU tensors. The equations are in fastgpt/ops/adamw.py.
 #include "cpu/adamw.h"
 
-#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -9,6 +8,7 @@
 #include <vector>
 
 #include "cpu/common.h"
+#include "shared/adamw.h"
 
 #define FASTGPT_LOOPS "cpu/loops/adamw.h"
 #include "cpu/each_isa.h"
@@ -58,13 +58,6 @@ class Chunks {
   std::vector<int64_t> ends_;
 };
 
-// Whether the elements fill one block of memory, in whatever order.
-bool dense(const Tensor& tensor) { return tensor.is_non_overlapping_and_dense(); }
-
-bool same_order(const Tensor& tensor, const Tensor& param) {
-  return tensor.strides() == param.strides() || (tensor.is_contiguous() && param.is_contiguous());
-}
-
 float scalar(const std::optional<Tensor>& tensor) { return *tensor->const_data_ptr<float>(); }
 
 // clip / grad_scale
@@ -96,14 +89,7 @@ void adamw_forward(at::TensorList params, at::TensorList grads, at::TensorList e
                    const Tensor& hyper, at::IntArrayRef groups, const std::optional<Tensor>& grad_norm,
                    double max_grad_norm, const std::optional<Tensor>& grad_scale,
                    const std::optional<Tensor>& found_inf, const std::optional<Tensor>& seed) {
-  for (size_t i = 0; i < params.size(); ++i) {
-    const Tensor& param = params[i];
-    const bool alike = same_order(exp_avgs[i], param) && same_order(exp_avg_sqs[i], param) &&
-                       (copies.empty() || same_order(copies[i], param));
-    TORCH_CHECK_VALUE(dense(param) && alike, "params[", i, "] has strides ", param.strides(),
-                      ": it must fill one block of memory, and its moments and copy must have the same "
-                      "strides");
-  }
+  check_order(params, exp_avgs, exp_avg_sqs, copies);
   if (found_inf.has_value() && scalar(found_inf) != 0.0f) return;
   const float scale = gradient_scale(grad_norm, max_grad_norm, grad_scale);
   const Tensor table = hyper.contiguous();
@@ -111,9 +97,7 @@ void adamw_forward(at::TensorList params, at::TensorList grads, at::TensorList e
   std::vector<Tensor> ordered(params.size());  // gradients in the order of their parameters
   for (size_t i = 0; i < params.size(); ++i) {
     AdamwTensor& a = tensors[i];
-    ordered[i] = grads[i];
-    if (!same_order(grads[i], params[i]))
-      ordered[i] = at::empty_like(params[i], grads[i].options()).copy_(grads[i]);
+    ordered[i] = in_order(grads[i], params[i]);
     a.param = params[i].data_ptr();
     a.param_type = type_of(params[i]);
     a.grad = ordered[i].const_data_ptr();

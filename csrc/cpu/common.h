@@ -9,6 +9,7 @@
 #include <optional>
 
 #include "cpu/number.h"
+#include "shared/plain.h"
 
 namespace fastgpt {
 
@@ -41,12 +42,6 @@ const T* const_data(const Tensor& tensor) {
 template <typename T>
 const T* const_data(const std::optional<Tensor>& tensor) {
   return tensor.has_value() ? const_data<T>(*tensor) : nullptr;
-}
-
-// Contiguous and of `dtype`: the tensor itself where it is so already.
-inline Tensor plain(const Tensor& tensor, at::ScalarType dtype) { return tensor.to(dtype).contiguous(); }
-inline std::optional<Tensor> plain(const std::optional<Tensor>& tensor, at::ScalarType dtype) {
-  return tensor.has_value() ? std::optional(plain(*tensor, dtype)) : std::nullopt;
 }
 
 // An uninitialised, contiguous tensor on the CPU.

@@ -2,9 +2,9 @@
 //
 // The mask is a function of the seed and of an element's number alone, and the same as that of the other
 // kernels: see kernels/dropout.py. Backward computes it again.
-#include <torch/library.h>
+#include "shared/dropout.h"
 
-#include <cmath>
+#include <torch/library.h>
 
 #include "cpu/common.h"
 
@@ -23,8 +23,7 @@ constexpr int64_t kGrain = 4;  // blocks that are worth a thread
 Tensor dropout_add(const Tensor& x, const std::optional<Tensor>& residual, const Tensor& seed, double p) {
   const Tensor y = empty(x.sizes(), x.scalar_type());
   const int64_t key = *seed.const_data_ptr<int64_t>(), count = x.numel();
-  // p 2^32, to the nearest: p is then met to 2^-33.
-  const auto threshold = static_cast<uint32_t>(std::min(std::nearbyint(p * 4294967296.0), 4294967295.0));
+  const uint32_t threshold = dropout_threshold_of(p);
   const auto scale = static_cast<float>(1.0 / (1.0 - p));
   with_type(x.scalar_type(), [&](auto type) {
     using T = decltype(type);

@@ -1,9 +1,8 @@
 // layer_norm, add_layer_norm and rms_norm on CPU tensors. The equations are in fastgpt/ops/layer_norm.py.
-#include <torch/library.h>
-
 #include <tuple>
 
 #include "cpu/common.h"
+#include "shared/norm.h"
 
 #define FASTGPT_LOOPS "cpu/loops/layer_norm.h"
 #include "cpu/each_isa.h"
@@ -13,18 +12,14 @@ namespace {
 
 constexpr int64_t kGrain = 1 << 15;  // elements that are worth a thread
 
-struct Forward {
-  Tensor y, summed, mean, rstd;  // `summed` and `mean` are undefined where they are not asked for
-};
-
-Forward forward(const Tensor& x, const std::optional<Tensor>& residual, const Tensor& weight,
-                const std::optional<Tensor>& bias, double eps, bool centred) {
+NormForward forward(const Tensor& x, const std::optional<Tensor>& residual, const Tensor& weight,
+                    const std::optional<Tensor>& bias, double eps, bool centred) {
   const auto dtype =
       residual.has_value() ? c10::promoteTypes(x.scalar_type(), residual->scalar_type()) : x.scalar_type();
   const Tensor values = plain(x, dtype), w = plain(weight, at::kFloat);
   const std::optional<Tensor> added = plain(residual, dtype), b = plain(bias, at::kFloat);
   const auto statistics = x.sizes().slice(0, x.dim() - 1);
-  Forward out;
+  NormForward out;
   out.y = empty(x.sizes(), dtype);
   if (residual.has_value()) out.summed = empty(x.sizes(), dtype);
   if (centred) out.mean = empty(statistics, at::kFloat);
@@ -72,54 +67,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy, const std::optiona
           has_bias ? sum_blocks(db, weight.scalar_type()) : empty({0}, weight.scalar_type())};
 }
 
-std::tuple<Tensor, Tensor, Tensor> layer_norm_forward(const Tensor& x, const Tensor& weight,
-                                                      const std::optional<Tensor>& bias, double eps) {
-  const Forward out = forward(x, std::nullopt, weight, bias, eps, true);
-  return {out.y, out.mean, out.rstd};
-}
-
-std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& dy, const Tensor& x,
-                                                       const Tensor& weight, const Tensor& mean,
-                                                       const Tensor& rstd, bool has_bias) {
-  return backward(dy, std::nullopt, x, weight, mean, rstd, has_bias);
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_forward(const Tensor& x, const Tensor& residual,
-                                                                  const Tensor& weight,
-                                                                  const std::optional<Tensor>& bias,
-                                                                  double eps) {
-  const Forward out = forward(x, residual, weight, bias, eps, true);
-  return {out.y, out.summed, out.mean, out.rstd};
-}
-
-std::tuple<Tensor, Tensor, Tensor> add_layer_norm_backward(const Tensor& dy,
-                                                           const std::optional<Tensor>& dsummed,
-                                                           const Tensor& summed, const Tensor& weight,
-                                                           const Tensor& mean, const Tensor& rstd,
-                                                           bool has_bias) {
-  return backward(dy, dsummed, summed, weight, mean, rstd, has_bias);
-}
-
-std::tuple<Tensor, Tensor> rms_norm_forward(const Tensor& x, const Tensor& weight, double eps) {
-  const Forward out = forward(x, std::nullopt, weight, std::nullopt, eps, false);
-  return {out.y, out.rstd};
-}
-
-std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& dy, const Tensor& x, const Tensor& weight,
-                                             const Tensor& rstd) {
-  const auto [dx, dw, db] = backward(dy, std::nullopt, x, weight, std::nullopt, rstd, false);
-  return {dx, dw};
-}
-
 }  // namespace
 
-TORCH_LIBRARY_IMPL(fastgpt_native, CPU, m) {
-  m.impl("layer_norm_forward", &layer_norm_forward);
-  m.impl("layer_norm_backward", &layer_norm_backward);
-  m.impl("add_layer_norm_forward", &add_layer_norm_forward);
-  m.impl("add_layer_norm_backward", &add_layer_norm_backward);
-  m.impl("rms_norm_forward", &rms_norm_forward);
-  m.impl("rms_norm_backward", &rms_norm_backward);
-}
+TORCH_LIBRARY_IMPL(fastgpt_native, CPU, m) { implement_norms<forward, backward>(m); }
 
 }  // namespace fastgpt

@@ -1,6 +1,5 @@
 // linear_gelu on CPU tensors: PyTorch's matrix products (oneDNN, MKL) around the loops of bias_gelu. The
 // equations are in fastgpt/ops/gelu.py.
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
 #include <torch/library.h>
@@ -9,12 +8,6 @@
 
 namespace fastgpt {
 namespace {
-
-// The products below are of the operands as they are, also in a backward pass under autocast.
-struct PlainProducts {
-  const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::DispatchKey::AutocastCPU};
-};
 
 std::tuple<Tensor, Tensor> linear_gelu_forward(const Tensor& x, const Tensor& weight,
                                                const std::optional<Tensor>& bias,

@@ -137,9 +137,14 @@ inline float max(Vec x) {
   return greatest;
 }
 
-// e^x to about an ulp: x = n ln 2 + r, |r| <= ln 2 / 2, and a polynomial in r. Below -87.34, where the
-// result is subnormal, 0.
-inline Vec exp(Vec x) {
+// e^x = power * 2^n to about an ulp: x = n ln 2 + r, |r| <= ln 2 / 2, and a polynomial in r. n is in the low
+// bits of `shifted`, above those of `shifter`.
+struct ExpParts {
+  Vec power;
+  Bits shifted, shifter;
+};
+
+inline ExpParts exp_parts(Vec x) {
   const Vec shifter = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const Vec shifted = fma(x, splat(1.44269504088896341f), shifter);
   const Vec n = shifted - shifter;
@@ -152,12 +157,18 @@ inline Vec exp(Vec x) {
   p = fma(p, r, splat(0.5f));
   p = fma(p, r, splat(1.0f));
   p = fma(p, r, splat(1.0f));
+  return {p, as_bits(shifted), as_bits(shifter)};
+}
+
+// 0 below -87.34, where the result is subnormal.
+inline Vec exp(Vec x) {
+  const ExpParts parts = exp_parts(x);
   // 2^n in two factors, since 2^128, on the way to the largest floats, is none.
-  const IntVec whole = (IntVec)(as_bits(shifted) - as_bits(shifter));
+  const IntVec whole = (IntVec)(parts.shifted - parts.shifter);
   const IntVec half = whole >> 1;
   const Vec scale_1 = (Vec)((half + 127) << 23);
   const Vec scale_2 = (Vec)((whole - half + 127) << 23);
-  Vec y = p * scale_1 * scale_2;
+  Vec y = parts.power * scale_1 * scale_2;
   y = x > 88.7228394f ? splat(std::numeric_limits<float>::infinity()) : y;
   y = x < -87.3365479f ? Vec{} : y;
   return x == x ? y : x;

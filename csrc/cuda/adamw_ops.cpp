@@ -7,6 +7,7 @@
 #include "cuda/adamw.h"
 #include "cuda/aligned.h"
 #include "cuda/tensors.h"
+#include "shared/adamw.h"
 #ifndef FASTGPT_EMULATED
 #include <c10/cuda/CUDAGraphsC10Utils.h>
 #endif
@@ -94,13 +95,6 @@ SentTable table_of(const std::vector<AdamwTensor>& rows, at::Device device) {
   return tables.front();
 }
 
-// Whether the elements fill one block of memory, in whatever order.
-bool dense(const Tensor& tensor) { return tensor.is_non_overlapping_and_dense(); }
-
-bool same_order(const Tensor& tensor, const Tensor& param) {
-  return tensor.strides() == param.strides() || (tensor.is_contiguous() && param.is_contiguous());
-}
-
 const float* scalar(const std::optional<Tensor>& tensor) {
   return tensor.has_value() ? tensor->const_data_ptr<float>() : nullptr;
 }
@@ -111,17 +105,12 @@ void adamw_op(at::TensorList params, at::TensorList grads, at::TensorList exp_av
               const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf,
               const std::optional<Tensor>& seed) {
   const DeviceGuard guard(params[0]);
+  check_order(params, exp_avgs, exp_avg_sqs, copies);
   std::vector<AdamwTensor> rows(params.size());
   std::vector<Tensor> ordered(params.size());  // gradients in the order of their parameters
   for (size_t i = 0; i < params.size(); ++i) {
     const Tensor& param = params[i];
-    const bool alike = same_order(exp_avgs[i], param) && same_order(exp_avg_sqs[i], param) &&
-                       (copies.empty() || same_order(copies[i], param));
-    TORCH_CHECK_VALUE(dense(param) && alike, "params[", i, "] has strides ", param.strides(),
-                      ": it must fill one block of memory, and its moments and copy must have the same "
-                      "strides");
-    ordered[i] = grads[i];
-    if (!same_order(grads[i], param)) ordered[i] = at::empty_like(param, grads[i].options()).copy_(grads[i]);
+    ordered[i] = in_order(grads[i], param);
     AdamwTensor& row = rows[i];
     row.param = param.mutable_data_ptr();
     row.grad = ordered[i].const_data_ptr();

@@ -75,12 +75,8 @@ __global__ void __launch_bounds__(L::kThreads, L::kBlocks)
   using Rows = Tile<T, L::kRows, kD>;
   using Keys = Tile<T, N, kD>;
   FASTGPT_DYNAMIC_SHARED(shared);
-  const int blocks = (a.Tq + L::kRows - 1) / L::kRows;
-  const int bh = blockIdx.x / blocks, b = bh / a.H, h = bh % a.H;
-  const int first_query = (blocks - 1 - static_cast<int>(blockIdx.x % blocks)) * L::kRows;
+  const auto [bh, b, h, first_query, start, stop] = query_block(a, L::kRows, N);
   const int offset = a.Tk - a.Tq;
-  const int start = max(offset + first_query - a.window + 1, 0) / N * N;
-  const int stop = min(offset + first_query + L::kRows, a.Tk);
   const int64_t o_stride = static_cast<int64_t>(a.H) * a.D;
   const int64_t o_head = static_cast<int64_t>(b) * a.Tq * o_stride + h * a.D;
   const T* const k_head = head_of<const T>(k, b, h);

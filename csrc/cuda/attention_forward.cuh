@@ -50,12 +50,8 @@ __global__ void __launch_bounds__(L::kThreads, L::kBlocks)
   using Rows = Tile<T, L::kRows, kD>;
   using Keys = Tile<T, N, kD>;
   FASTGPT_DYNAMIC_SHARED(shared);
-  const int blocks = (a.Tq + L::kRows - 1) / L::kRows;
-  const int bh = blockIdx.x / blocks, b = bh / a.H, h = bh % a.H;
-  const int first_query = (blocks - 1 - static_cast<int>(blockIdx.x % blocks)) * L::kRows;
+  auto [bh, b, h, first_query, start, stop] = query_block(a, L::kRows, N);
   const int offset = a.Tk - a.Tq;
-  int start = max(offset + first_query - a.window + 1, 0) / N * N;
-  int stop = min(offset + first_query + L::kRows, a.Tk);
   if (shares.count > 1) {
     start = max(start, shares.begin + static_cast<int>(blockIdx.y) * shares.size);
     stop = min(stop, shares.begin + static_cast<int>(blockIdx.y + 1) * shares.size);

@@ -126,12 +126,8 @@ __global__ void __launch_bounds__(L::kThreads, 4)
   float* const keys = own + L::kRows * D;
   float* const values = keys + kWarpSize * (D | 1);
 
-  const int blocks = (a.Tq + L::kRows - 1) / L::kRows;
-  const int bh = blockIdx.x / blocks, b = bh / a.H, h = bh % a.H;
-  const int first_query = (blocks - 1 - static_cast<int>(blockIdx.x % blocks)) * L::kRows;
+  const auto [bh, b, h, first_query, start, stop] = query_block(a, L::kRows, kWarpSize);
   const int own_query = first_query + warp * R, position = a.Tk - a.Tq + own_query;
-  const int start = max(a.Tk - a.Tq + first_query - a.window + 1, 0) / kWarpSize * kWarpSize;
-  const int stop = min(a.Tk - a.Tq + first_query + L::kRows, a.Tk);
   const float scale2 = a.scale * kLog2e;
   load_own<L>(own, head_of<const float>(q, b, h), q.token, first_query, a.Tq, D);
 
@@ -195,12 +191,8 @@ __global__ void __launch_bounds__(L::kThreads, 4)
   float* const keys = outs + L::kRows * D;
   float* const values = keys + kWarpSize * (D | 1);
 
-  const int blocks = (a.Tq + L::kRows - 1) / L::kRows;
-  const int bh = blockIdx.x / blocks, b = bh / a.H, h = bh % a.H;
-  const int first_query = (blocks - 1 - static_cast<int>(blockIdx.x % blocks)) * L::kRows;
+  const auto [bh, b, h, first_query, start, stop] = query_block(a, L::kRows, kWarpSize);
   const int own_query = first_query + warp * R, position = a.Tk - a.Tq + own_query;
-  const int start = max(a.Tk - a.Tq + first_query - a.window + 1, 0) / kWarpSize * kWarpSize;
-  const int stop = min(a.Tk - a.Tq + first_query + L::kRows, a.Tk);
   const int64_t o_stride = static_cast<int64_t>(a.H) * D;
   const int64_t o_head = static_cast<int64_t>(b) * a.Tq * o_stride + h * D;
   const float scale2 = a.scale * kLog2e, kept_scale = 1.0f / a.keep;

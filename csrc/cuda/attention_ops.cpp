@@ -108,7 +108,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& d_out, const Tensor& q
   const Three qkv = split(q, k, v);
   const int64_t D = q.size(-1);
   const Attention a = describe(qkv, D, seed, dropout_p, scale, window);
-  const Tensor outs = prepare(o.contiguous()), d_outs = prepare(d_out.to(q.scalar_type()).contiguous());
+  const Tensor outs = prepare(o.contiguous()), d_outs = prepare(plain(d_out, q.scalar_type()));
   const Tensor rows = lse.contiguous(), delta = at::empty_like(rows);
   const bool packed = !k.has_value();
   Tensor all;

@@ -33,6 +33,24 @@ FASTGPT_DEVICE bool seen(int position, int key, int window) {
   return static_cast<unsigned>(position - key) < static_cast<unsigned>(window);
 }
 
+// A block's `rows` queries of one head, from `first` on: the last of a head come first, which see the most
+// keys. Those that they see lie in [start, stop), start being a multiple of `step`.
+struct QueryBlock {
+  int bh, b, h, first, start, stop;
+};
+
+FASTGPT_DEVICE QueryBlock query_block(const Attention& a, int rows, int step) {
+  const int blocks = (a.Tq + rows - 1) / rows, bh = blockIdx.x / blocks;
+  const int first = (blocks - 1 - static_cast<int>(blockIdx.x % blocks)) * rows,
+            position = a.Tk - a.Tq + first;
+  return {bh,
+          bh / a.H,
+          bh % a.H,
+          first,
+          max(position - a.window + 1, 0) / step * step,
+          min(position + rows, a.Tk)};
+}
+
 // Philox 4x32 with 7 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), in which
 // of the four numbers of 31 bits that it gives are kept: a bit each. Key number 4 * four + i is that of bit
 // i.

@@ -35,12 +35,13 @@ FASTGPT_DEVICE void kept_bits(uint32_t (&kept)[4], uint64_t seed, int j, uint32_
   }
 }
 
-// `threshold` is p 2^32; `aligned`: tensors begin at multiples of 16 bytes.
-template <typename X, typename Y>
+// y = z x, plus the residual if kAdd. `threshold` is p 2^32; `aligned`: tensors begin at multiples of 16
+// bytes.
+template <typename X, typename Y, bool kAdd>
 __global__ void __launch_bounds__(kDropoutThreads)
-    dropout_add_forward_kernel(const X* __restrict__ x, const Y* __restrict__ residual, Y* __restrict__ y,
-                               const int64_t* __restrict__ seed, uint32_t threshold, float scale, int64_t n,
-                               bool aligned) {
+    dropout_add_kernel(const X* __restrict__ x, const Y* __restrict__ residual, Y* __restrict__ y,
+                       const int64_t* __restrict__ seed, uint32_t threshold, float scale, int64_t n,
+                       bool aligned) {
   const int j = threadIdx.x * kPlaces;
   uint32_t kept[4];
   kept_bits(kept, static_cast<uint64_t>(*seed), j, threshold);
@@ -52,35 +53,13 @@ __global__ void __launch_bounds__(kDropoutThreads)
     const bool whole = aligned && left == kPlaces;
     float values[kPlaces], added[kPlaces];
     load_floats(values, x + first, 0, left, whole);
-    load_floats(added, residual + first, 0, left, whole);
+    if constexpr (kAdd) load_floats(added, residual + first, 0, left, whole);
 #pragma unroll
     for (int i = 0; i < kPlaces; ++i) {
       const float z = kept[k] >> i & 1 ? scale : 0.0f;  // a factor, which keeps a NaN that is dropped
-      values[i] = fmaf(z, values[i], added[i]);
+      values[i] = kAdd ? fmaf(z, values[i], added[i]) : z * values[i];
     }
     store_floats(values, y + first, 0, left, whole);
-  }
-}
-
-template <typename Y, typename X>
-__global__ void __launch_bounds__(kDropoutThreads)
-    dropout_add_backward_kernel(const Y* __restrict__ dy, X* __restrict__ dx,
-                                const int64_t* __restrict__ seed, uint32_t threshold, float scale, int64_t n,
-                                bool aligned) {
-  const int j = threadIdx.x * kPlaces;
-  uint32_t kept[4];
-  kept_bits(kept, static_cast<uint64_t>(*seed), j, threshold);
-#pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    const int64_t first = (static_cast<int64_t>(blockIdx.x) * 4 + k) * kQuarter + j;
-    if (first >= n) return;
-    const int left = static_cast<int>(min(n - first, static_cast<int64_t>(kPlaces)));
-    const bool whole = aligned && left == kPlaces;
-    float values[kPlaces];
-    load_floats(values, dy + first, 0, left, whole);
-#pragma unroll
-    for (int i = 0; i < kPlaces; ++i) values[i] *= kept[k] >> i & 1 ? scale : 0.0f;
-    store_floats(values, dx + first, 0, left, whole);
   }
 }
 

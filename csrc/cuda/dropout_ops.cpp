@@ -7,9 +7,6 @@ namespace {
 
 using at::Tensor;
 
-// Contiguous and of `dtype`: the tensor itself where it is so already.
-Tensor plain(const Tensor& tensor, at::ScalarType dtype) { return tensor.to(dtype).contiguous(); }
-
 Tensor dropout_add_forward_op(const Tensor& x, const Tensor& residual, const Tensor& seed, double p) {
   const DeviceGuard guard(x);
   const auto dtype = c10::promoteTypes(x.scalar_type(), residual.scalar_type());

@@ -9,9 +9,6 @@ namespace {
 
 using at::Tensor;
 
-// Contiguous and of `dtype`: the tensor itself where it is so already.
-Tensor plain(const Tensor& tensor, at::ScalarType dtype) { return tensor.to(dtype).contiguous(); }
-
 Tensor embedding_forward_op(const Tensor& idx, const Tensor& token_weight, const Tensor& position_weight,
                             int64_t start) {
   const DeviceGuard guard(idx);

@@ -10,9 +10,6 @@ namespace {
 
 using at::Tensor;
 
-// Contiguous and of `dtype`: the tensor itself where it is so already.
-Tensor plain(const Tensor& tensor, at::ScalarType dtype) { return tensor.to(dtype).contiguous(); }
-
 Tensor gelu_forward_op(const Tensor& x, std::string_view approximate) {
   const DeviceGuard guard(x);
   const Tensor values = x.contiguous();

@@ -5,6 +5,7 @@
 #include "cuda/layer_norm.h"
 #include "cuda/partials.h"
 #include "cuda/tensors.h"
+#include "shared/norm.h"
 
 namespace fastgpt::cuda {
 namespace {
@@ -15,23 +16,15 @@ const void* pointer(const std::optional<Tensor>& tensor) {
   return tensor.has_value() ? tensor->const_data_ptr() : nullptr;
 }
 
-std::optional<Tensor> plain(const std::optional<Tensor>& tensor, at::ScalarType dtype) {
-  return tensor.has_value() ? std::optional(tensor->to(dtype).contiguous()) : std::nullopt;
-}
-
-struct Forward {
-  Tensor y, summed, mean, rstd;  // `summed` and `mean` are undefined where they are not asked for
-};
-
-Forward forward(const Tensor& x, const std::optional<Tensor>& residual, const Tensor& weight,
-                const std::optional<Tensor>& bias, double eps, bool centred) {
+NormForward forward(const Tensor& x, const std::optional<Tensor>& residual, const Tensor& weight,
+                    const std::optional<Tensor>& bias, double eps, bool centred) {
   const DeviceGuard guard(x);
   const auto dtype =
       residual.has_value() ? c10::promoteTypes(x.scalar_type(), residual->scalar_type()) : x.scalar_type();
-  const Tensor values = x.to(dtype).contiguous(), w = weight.contiguous();
+  const Tensor values = plain(x, dtype), w = weight.contiguous();
   const std::optional<Tensor> added = plain(residual, dtype), b = plain(bias, w.scalar_type());
   const auto statistics = x.sizes().slice(0, x.dim() - 1);
-  Forward out;
+  NormForward out;
   out.y = at::empty(x.sizes(), values.options());
   out.rstd = at::empty(statistics, x.options().dtype(at::kFloat));
   if (residual.has_value()) out.summed = at::empty(x.sizes(), values.options());
@@ -50,7 +43,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy, const std::optiona
                                             bool has_bias) {
   const DeviceGuard guard(x);
   const auto dtype = x.scalar_type();
-  const Tensor dout = dy.to(dtype).contiguous(), values = x.contiguous(), w = weight.contiguous();
+  const Tensor dout = plain(dy, dtype), values = x.contiguous(), w = weight.contiguous();
   const Tensor scale = rstd.contiguous();
   const std::optional<Tensor> added = plain(dsummed, dtype), centre = plain(mean, at::kFloat);
   const NormShape shape{scale.numel(), w.size(0), dtype_of(values), dtype_of(w)};
@@ -71,54 +64,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy, const std::optiona
   return {dx, dw, db};
 }
 
-std::tuple<Tensor, Tensor, Tensor> layer_norm_forward(const Tensor& x, const Tensor& weight,
-                                                      const std::optional<Tensor>& bias, double eps) {
-  const Forward out = forward(x, std::nullopt, weight, bias, eps, true);
-  return {out.y, out.mean, out.rstd};
-}
-
-std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& dy, const Tensor& x,
-                                                       const Tensor& weight, const Tensor& mean,
-                                                       const Tensor& rstd, bool has_bias) {
-  return backward(dy, std::nullopt, x, weight, mean, rstd, has_bias);
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm_forward(const Tensor& x, const Tensor& residual,
-                                                                  const Tensor& weight,
-                                                                  const std::optional<Tensor>& bias,
-                                                                  double eps) {
-  const Forward out = forward(x, residual, weight, bias, eps, true);
-  return {out.y, out.summed, out.mean, out.rstd};
-}
-
-std::tuple<Tensor, Tensor, Tensor> add_layer_norm_backward(const Tensor& dy,
-                                                           const std::optional<Tensor>& dsummed,
-                                                           const Tensor& summed, const Tensor& weight,
-                                                           const Tensor& mean, const Tensor& rstd,
-                                                           bool has_bias) {
-  return backward(dy, dsummed, summed, weight, mean, rstd, has_bias);
-}
-
-std::tuple<Tensor, Tensor> rms_norm_forward(const Tensor& x, const Tensor& weight, double eps) {
-  const Forward out = forward(x, std::nullopt, weight, std::nullopt, eps, false);
-  return {out.y, out.rstd};
-}
-
-std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& dy, const Tensor& x, const Tensor& weight,
-                                             const Tensor& rstd) {
-  const auto [dx, dw, db] = backward(dy, std::nullopt, x, weight, std::nullopt, rstd, false);
-  return {dx, dw};
-}
-
 }  // namespace
 
-TORCH_LIBRARY_IMPL(FASTGPT_LIBRARY, FASTGPT_KEY, m) {
-  m.impl("layer_norm_forward", &layer_norm_forward);
-  m.impl("layer_norm_backward", &layer_norm_backward);
-  m.impl("add_layer_norm_forward", &add_layer_norm_forward);
-  m.impl("add_layer_norm_backward", &add_layer_norm_backward);
-  m.impl("rms_norm_forward", &rms_norm_forward);
-  m.impl("rms_norm_backward", &rms_norm_backward);
-}
+TORCH_LIBRARY_IMPL(FASTGPT_LIBRARY, FASTGPT_KEY, m) { implement_norms<forward, backward>(m); }
 
 }  // namespace fastgpt::cuda

@@ -1,7 +1,6 @@
 // linear_gelu on CUDA tensors: cuBLASLt's product with GELU in its epilogue, or PyTorch's product and gelu
 // after it. The equations are in fastgpt/ops/gelu.py.
 #include <ATen/Context.h>
-#include <ATen/core/LegacyTypeDispatch.h>
 
 #include <algorithm>
 #include <string_view>
@@ -15,12 +14,6 @@ namespace fastgpt::cuda {
 namespace {
 
 using at::Tensor;
-
-// The products below are of the operands as they are, also in a backward pass under autocast.
-struct PlainProducts {
-  const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
-};
 
 #ifdef FASTGPT_EMULATED
 void* blas_handle() { return nullptr; }
@@ -63,7 +56,7 @@ std::tuple<Tensor, Tensor> linear_gelu_forward_op(const Tensor& x, const Tensor&
                                                   const std::optional<Tensor>& bias,
                                                   std::string_view approximate, bool save) {
   const DeviceGuard guard(x);
-  const PlainProducts plain;
+  const PlainProducts products;
   const Tensor values = x.contiguous();
   const std::optional<Tensor> b = bias.has_value() ? std::optional(bias->contiguous()) : std::nullopt;
   const int64_t n = weight.size(0), k = weight.size(1);
@@ -101,9 +94,9 @@ std::tuple<Tensor, Tensor, Tensor> linear_gelu_backward_op(const Tensor& dy, con
                                                            std::string_view approximate, bool has_bias,
                                                            bool need_dx, bool need_dw) {
   const DeviceGuard guard(x);
-  const PlainProducts plain;
+  const PlainProducts products;
   const int64_t n = weight.size(0), k = weight.size(1);
-  const Tensor dout = dy.to(h.scalar_type()).contiguous(), saved = h.contiguous();
+  const Tensor dout = plain(dy, h.scalar_type()), saved = h.contiguous();
   const int64_t m = c10::multiply_integers(x.sizes().slice(0, x.dim() - 1));
   const Tensor dh = at::empty({m, n}, saved.options());
   const Tensor db = at::empty({has_bias ? n : 0}, saved.options());

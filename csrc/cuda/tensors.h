@@ -11,6 +11,7 @@
 #include <torch/library.h>
 
 #include "cuda/dtype.h"
+#include "shared/plain.h"
 
 #ifdef FASTGPT_EMULATED
 

@@ -7,15 +7,16 @@ milliseconds for each tile: one head wherever heads do not matter, and half prec
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
 import pytest
 import torch
-from ops.guard import guarded
+from ops import attention_calls
+from ops.attention_calls import Recorded, run
 from ops.helpers import assert_accurate
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgpt import ops
 from fastgpt.errors import InputError
@@ -69,24 +70,7 @@ def randn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.randn(shape, dtype=torch.float64).to(device, dtype)
 
 
-def run(inputs: list[Tensor], do: Tensor, backend: str, **options: Any) -> list[Tensor]:
-    """o and the gradients of q, k and v, or of qkv."""
-    inputs = [x.detach().requires_grad_() for x in inputs]
-    call = ops.causal_attention if len(inputs) == 3 else ops.causal_attention_qkvpacked
-    o = call(*inputs, backend=backend, **options)
-    return [o.detach(), *torch.autograd.grad(o, inputs, do)]
-
-
-def compare(inputs: list[Tensor], do: Tensor, **options: Any) -> None:
-    """Within twice PyTorch's error of the oracle; every element written and nothing else; the same twice."""
-    eager = run(inputs, do, "eager", **options)
-    oracle = run([x.cpu().double() for x in inputs], do.cpu().double(), "eager", **options)
-    with guarded() as guard:
-        first = run([guard.place(x) for x in inputs], guard.place(do), "triton", **options)
-    again = run(inputs, do, "triton", **options)
-    for a, b, e, o in zip(first, again, eager, oracle, strict=True):
-        assert_accurate(a, e, o)
-        assert torch.equal(a, b)
+compare = functools.partial(attention_calls.compare, backend="triton")
 
 
 # Tiles are 128 x 64 up to heads of 64, less beyond. T: a tile that is full; one, two and three blocks of
@@ -299,18 +283,6 @@ def test_backward_drops_what_forward_dropped(
     for a, b, e, o in zip(*results, equations(dtype), equations(torch.float64), strict=True):
         assert torch.equal(a, b)
         assert_accurate(a, e, o.cpu())
-
-
-class Recorded(TorchDispatchMode):
-    """The names of the operators that run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.add(func.name().split("::")[1].split(".")[0])
-        return func(*args, **(kwargs or {}))
 
 
 def test_packed_makes_no_copies(monkeypatch: pytest.MonkeyPatch) -> None:

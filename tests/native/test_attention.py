@@ -7,16 +7,17 @@ tests/ops/test_native.py the instruction sets.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from ops.guard import guarded
+from ops import attention_calls
+from ops.attention_calls import Recorded
 from ops.helpers import DTYPES, assert_accurate
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgpt import ops
 from fastgpt.ops.library import native_missing, triton_missing
@@ -40,22 +41,8 @@ def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape, dtype=torch.float64).to(dtype)
 
 
-def run(inputs: list[Tensor], do: Tensor, backend: str = "native", **options: Any) -> list[Tensor]:
-    """o and the gradients of q, k and v, or of qkv."""
-    inputs = [x.detach().requires_grad_() for x in inputs]
-    call = ops.causal_attention if len(inputs) == 3 else ops.causal_attention_qkvpacked
-    o = call(*inputs, backend=backend, **options)
-    return [o.detach(), *torch.autograd.grad(o, inputs, do)]
-
-
-def compare(inputs: list[Tensor], do: Tensor, **options: Any) -> None:
-    """Within twice PyTorch's error of the oracle, and nothing outside of the inputs is used."""
-    eager = run(inputs, do, "eager", **options)
-    oracle = run([x.double() for x in inputs], do.double(), "eager", **options)
-    with guarded() as guard:
-        actual = run([guard.place(x) for x in inputs], guard.place(do), **options)
-    for a, e, o in zip(actual, eager, oracle, strict=True):
-        assert_accurate(a, e, o)
+run = functools.partial(attention_calls.run, backend="native")
+compare = functools.partial(attention_calls.compare, backend="native")
 
 
 # T: one block, full; the next all but empty; three. D: vectors of 4, 8 and 16 full, and not; the widest.
@@ -239,18 +226,6 @@ def test_no_keys_and_no_queries() -> None:
     _, _, dk, dv = run([randn(1, 0, 2, 16), randn(1, 5, 2, 16), randn(1, 5, 2, 16)], randn(1, 0, 2, 16))
     assert not dk.any()
     assert not dv.any()
-
-
-class Recorded(TorchDispatchMode):
-    """The names of the operators that run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.add(func.name().split("::")[1].split(".")[0])
-        return func(*args, **(kwargs or {}))
 
 
 def test_packed_makes_no_copies() -> None:

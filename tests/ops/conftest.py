@@ -3,17 +3,10 @@ from collections.abc import Iterator
 import cuda_emulator
 import pytest
 import torch
-import triton_interpreter
 
 from fastgpt import ops
 
-triton_interpreter.request()
 cuda_emulator.register_rows()
-
-
-@pytest.fixture(autouse=True, scope="session")
-def right_bf16() -> None:
-    triton_interpreter.repair()
 
 
 @pytest.fixture(autouse=True, scope="session")

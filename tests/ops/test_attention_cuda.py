@@ -6,6 +6,7 @@ test_table.py has the accuracy, repeatability, strides and composition that all 
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from torch import Tensor
 from fastgpt import ops
 from fastgpt.ops.library import native_missing
 
-from .guard import guarded
+from . import attention_calls
 from .helpers import assert_accurate
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -47,24 +48,8 @@ def randn(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
     return torch.randn(shape, dtype=torch.float64).to(device, dtype)
 
 
-def run(inputs: list[Tensor], do: Tensor, backend: str = BACKEND, **options: Any) -> list[Tensor]:
-    """o and the gradients of q, k and v, or of qkv."""
-    inputs = [x.detach().requires_grad_() for x in inputs]
-    call = ops.causal_attention if len(inputs) == 3 else ops.causal_attention_qkvpacked
-    o = call(*inputs, backend=backend, **options)
-    return [o.detach(), *torch.autograd.grad(o, inputs, do)]
-
-
-def compare(inputs: list[Tensor], do: Tensor, **options: Any) -> None:
-    """Within twice PyTorch's error of the oracle; every element written and nothing else; the same twice."""
-    eager = run(inputs, do, "eager", **options)
-    oracle = run([x.cpu().double() for x in inputs], do.cpu().double(), "eager", **options)
-    with guarded() as guard:
-        first = run([guard.place(x) for x in inputs], guard.place(do), **options)
-    again = run(inputs, do, **options)
-    for a, b, e, o in zip(first, again, eager, oracle, strict=True):
-        assert_accurate(a, e, o)
-        assert torch.equal(a, b)
+run = functools.partial(attention_calls.run, backend=BACKEND)
+compare = functools.partial(attention_calls.compare, backend=BACKEND)
 
 
 # Blocks have 128 rows, at heads of 256 64; tiles 64, 32 or 16; in fp32 16 or 8 rows and tiles of 32. T: full

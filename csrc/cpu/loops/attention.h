@@ -134,6 +134,15 @@ inline void drop(float* p, const Seen& part, const Dropout& dropout) {
   }
 }
 
+// The keys and values from `tile` on, as (kBlock, padded width) each.
+template <typename T>
+inline void copy_tile(const Attention<T>& a, int64_t b, int64_t h, int64_t tile, float* k, float* v) {
+  const int64_t width = padded(a.width), found = std::min(kBlock, a.keys - tile);
+  const int64_t filled = (found + kRows - 1) / kRows * kRows;
+  copy_rows(a.k.at(b, tile, h), a.k.token, found, a.width, k, filled, width);
+  copy_rows(a.v.at(b, tile, h), a.v.token, found, a.width, v, filled, width);
+}
+
 // o and lse of a block of queries of one head.
 template <typename T>
 void attention_forward(const Attention<T>& a, int64_t b, int64_t h, int64_t block, const Heads<T>& o,
@@ -151,10 +160,7 @@ void attention_forward(const Attention<T>& a, int64_t b, int64_t h, int64_t bloc
   Softmax softmax[kBlock / kLanes];
   const int64_t start = std::max<int64_t>(position - a.window + 1, 0) / kBlock * kBlock;
   for (int64_t tile = start; tile < position + count; tile += kBlock) {
-    const int64_t found = std::min(kBlock, a.keys - tile);
-    const int64_t filled = (found + kRows - 1) / kRows * kRows;
-    copy_rows(a.k.at(b, tile, h), a.k.token, found, a.width, k, filled, width);
-    copy_rows(a.v.at(b, tile, h), a.v.token, found, a.width, v, filled, width);
+    copy_tile(a, b, h, tile, k, v);
     for (int64_t g = 0; g < count; g += kLanes) {
       const Seen part = seen(position + g, std::min(kLanes, count - g), tile, a.window);
       if (part.low >= part.high) continue;
@@ -364,10 +370,7 @@ void attention_backward(const Attention<T>& a, int64_t b, int64_t h, int64_t fir
     if (want_queries)
       for (int64_t i = 0; i < matrix; i += kWidth) store(dqt + i, Vec{});
     for (int64_t tile = start; tile < stop; tile += kBlock) {
-      const int64_t found = std::min(kBlock, a.keys - tile);
-      const int64_t filled = (found + kRows - 1) / kRows * kRows;
-      copy_rows(a.k.at(b, tile, h), a.k.token, found, a.width, k, filled, width);
-      copy_rows(a.v.at(b, tile, h), a.v.token, found, a.width, v, filled, width);
+      copy_tile(a, b, h, tile, k, v);
       for (int64_t g = 0; g < count; g += kLanes) {
         const Seen part = seen(position + g, std::min(kLanes, count - g), tile, a.window);
         if (part.low >= part.high) continue;

@@ -8,20 +8,9 @@ constexpr int64_t kBlock = 2048;  // columns: at most 8 KB, which the L1 cache h
 
 // e^x for x <= 0, to about an ulp: `exp` of vec.h less what greater numbers ask for.
 inline Vec exp_negative(Vec x) {
-  const Vec shifter = splat(12582912.0f);
-  const Vec shifted = fma(x, splat(1.44269504088896341f), shifter);
-  const Vec n = shifted - shifter;
-  const Vec r = fma(n, splat(-1.42860682030941723e-6f), fma(n, splat(-0.693145751953125f), x));
-  Vec p = splat(1.0f / 5040);
-  p = fma(p, r, splat(1.0f / 720));
-  p = fma(p, r, splat(1.0f / 120));
-  p = fma(p, r, splat(1.0f / 24));
-  p = fma(p, r, splat(1.0f / 6));
-  p = fma(p, r, splat(0.5f));
-  p = fma(p, r, splat(1.0f));
-  p = fma(p, r, splat(1.0f));
-  const Vec scale = as_float((as_bits(shifted) << 23) + (127u << 23));  // 2^n; the shifter's own bits leave
-  return x < -87.3365479f ? Vec{} : p * scale;
+  const ExpParts parts = exp_parts(x);
+  const Vec scale = as_float((parts.shifted << 23) + (127u << 23));  // 2^n; the shifter's own bits leave
+  return x < -87.3365479f ? Vec{} : parts.power * scale;
 }
 
 inline float exp_negative(float x) { return exp_negative(splat(x))[0]; }

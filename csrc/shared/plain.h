@@ -1,0 +1,25 @@
+// Tensors and matrix products as the CPU and the CUDA kernels both want them.
+#pragma once
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+
+namespace fastgpt {
+
+// Contiguous and of `dtype`: the tensor itself where it is so already.
+inline at::Tensor plain(const at::Tensor& tensor, at::ScalarType dtype) {
+  return tensor.to(dtype).contiguous();
+}
+inline std::optional<at::Tensor> plain(const std::optional<at::Tensor>& tensor, at::ScalarType dtype) {
+  return tensor.has_value() ? std::optional(plain(*tensor, dtype)) : std::nullopt;
+}
+
+// While it lives, products are of the operands as they are, also in a backward pass under autocast.
+struct PlainProducts {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
+};
+
+}  // namespace fastgpt
