@@ -412,7 +412,7 @@ def attention_backward(
     constants = {"D": D, "BLOCK_D": block_d(D), "WINDOWED": windowed}
     registers = most_registers(q, crowded=seed is not None)
     dropout = None if seed is None else QUERIES_DROPOUT
-    if dropout is not None and windowed and block_d(D) > D:  # at 48 a second stage spills on sm_120
+    if dropout is not None and block_d(D) > D:  # at 48 a second stage spills on sm_120
         dropout = dropout._replace(stages=1)
     config = choose(QUERIES_HALVES, QUERIES_FP32, q, dropout=dropout, half_step=seed is not None)
     if has_alternatives(q, seed, windowed):
