@@ -63,6 +63,11 @@ def spread(tensor: Tensor) -> Tensor:
     return torch.stack([tensor, torch.full_like(tensor, poison)], -1)[..., 0]
 
 
+def transposed(tensor: Tensor) -> Tensor:
+    """The same values in the opposite order of dimensions: dense, so that `empty_like` keeps that order."""
+    return tensor.permute(*reversed(range(tensor.ndim))).contiguous().permute(*reversed(range(tensor.ndim)))
+
+
 @dataclass(frozen=True)
 class Case:
     """One call of a public function on tensors that `make` makes: float64 or int64, on the CPU."""
