@@ -90,3 +90,18 @@ def test_accuracy_of_long_rows(case: Case, dtype: torch.dtype) -> None:
     for part in (0, 1):
         for a, b, c in zip(emulated[part], eager[part], oracle[part], strict=True):
             assert_accurate(a, b, c)
+
+
+MUTANTS = {
+    "csrc/cuda/layer_norm.cuh": [
+        ("dw[0][i] += dy[i] * xhat[i];", "dw[0][i] = dy[i] * xhat[i];"),
+        ("column + i < p.width ? s[i] - mean : 0.0f", "s[i] - mean"),
+        ("- xhat[i] * mean_gx) + ds[i];", "- xhat[i] * mean_gx) - ds[i];"),
+        ("sum = 0.0f;\n        for (int y = 0;", "sum = 0.0f;\n        for (int y = 1;"),
+    ],
+    "csrc/cuda/reduce.cuh": [("lane < warps ? scratch", "lane <= warps ? scratch")],
+    "csrc/cuda/partials.cuh": [
+        ("for (int i = 1; i < kPartialWarps", "for (int i = 2; i < kPartialWarps"),
+        ("p < programs; p += kPartialWarps", "p < programs - 1; p += kPartialWarps"),
+    ],
+}
