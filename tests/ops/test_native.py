@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -53,6 +54,20 @@ def test_schemas_are_those_of_the_other_implementations(name: str) -> None:
         if schema is not None:
             operator = getattr(torch.ops.fastgpt_native, f"{name}_{direction}").default
             assert operator._schema == torch._C.parse_schema(f"fastgpt_native::{name}_{direction}{schema}")
+
+
+@pytest.mark.skipif(not ROWS, reason="the native kernels are not built here")
+@pytest.mark.parametrize("name", OPERATORS)
+def test_cuda_kernels_are_registered(name: str) -> None:
+    """Built for CUDA, which takes no GPU, every operator has a CUDA kernel."""
+    extension = importlib.import_module("fastgpt._C")
+    if not hasattr(extension, "cuda_targets"):
+        pytest.skip("built without CUDA")
+    for direction in ("forward", "backward"):
+        if getattr(OPERATORS[name], direction) is not None:
+            operator = f"fastgpt_native::{name}_{direction}"
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(operator, "CUDA")
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(operator, "CPU")
 
 
 @pytest.fixture
