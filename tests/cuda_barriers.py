@@ -63,7 +63,7 @@ def operations(files: list[Path]) -> str:
     for path in CUDA.glob("*_ops.cpp"):
         text = path.read_text()
         if any(header in text for header in headers):
-            names |= set(re.findall(r'\bimpl\(\s*"(\w+)_forward"', text))
+            names |= cuda_emulator.operations(path)
     return " or ".join(f"emulated-{name}-" for name in sorted(names))
 
 

@@ -204,14 +204,17 @@ def set_schedule(schedule: str) -> None:
         raise InputError(f"no schedule {schedule!r}")
 
 
+def operations(binding: Path) -> set[str]:
+    """Those that a binding registers, itself or by what it includes of csrc/shared."""
+    text = binding.read_text()
+    for name in re.findall(r'#include "(shared/\w+\.h)"', text):
+        text += (CSRC / name).read_text()
+    return set(re.findall(r'\bimpl\(\s*"(\w+)_forward"', text))
+
+
 def operators() -> list[library.Operator]:
     """Those with a binding in csrc/cuda."""
-    bound = {
-        name
-        for path in CUDA.glob("*_ops.cpp")
-        if path in sources()
-        for name in re.findall(r'\bimpl\(\s*"(\w+)_forward"', path.read_text())
-    }
+    bound = {name for path in CUDA.glob("*_ops.cpp") if path in sources() for name in operations(path)}
     modules = [
         importlib.import_module(f"fastgpt.ops.{m.name}") for m in pkgutil.iter_modules(registry_path())
     ]
