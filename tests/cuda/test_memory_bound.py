@@ -296,34 +296,47 @@ def test_norm(dtype: torch.dtype) -> None:
 
 MUTANTS = {
     "csrc/cuda/gelu.cuh": [
-        ("db[i] += d[i];", "db[i] = d[i];"),
+        ("db[i] += d[i];", "db[i] = d[i];", "tests/cuda/test_memory_bound.py -k gelu"),
         (
-            "const bool whole = aligned && left == kSize;\n  float h[kSize];\n",
-            "const bool whole = left == kSize;\n  float h[kSize];\n",
+            "for (int i = 0; i < kBiasWarps; ++i) sum +=",
+            "for (int i = 1; i < kBiasWarps; ++i) sum +=",
+            "tests/cuda/test_memory_bound.py -k gelu",
         ),
-        ("for (int i = 0; i < kBiasWarps; ++i) sum +=", "for (int i = 1; i < kBiasWarps; ++i) sum +="),
     ],
     "csrc/cuda/dropout.cuh": [
-        ("philox(seed, j + i, blockIdx.x)", "philox(seed, j + i, 0)"),
-        ("random.words[k] >= threshold", "random.words[3 - k] >= threshold"),
         (
-            "values[i] = kAdd ? fmaf(z, values[i], added[i]) :",
-            "values[i] = kAdd ? z == 0 ? added[i] : fmaf(z, values[i], added[i]) :",
+            "philox(seed, j + i, blockIdx.x)",
+            "philox(seed, j + i, 0)",
+            "tests/cuda/test_memory_bound.py -k dropout",
+        ),
+        (
+            "kAdd ? fmaf(z, values[i], added[i]) :",
+            "kAdd ? z == 0 ? added[i] : fmaf(z, values[i], added[i]) :",
+            "tests/cuda/test_memory_bound.py -k dropout",
         ),
     ],
     "csrc/cuda/embedding.cuh": [
-        ("first + i < end && tokens[first + i] == token", "first + i < end"),
-        ("(2 * chunk + (at_edge ? 0 : 1)) * width", "2 * chunk * width"),
-        ("first < n && tokens[first] == token ?", "first < n && i < 2 && tokens[first] == token ?"),
+        (
+            "(2 * chunk + (at_edge ? 0 : 1)) * width",
+            "2 * chunk * width",
+            "tests/cuda/test_memory_bound.py -k runs",
+        ),
+        (
+            "first < n && tokens[first] == token ?",
+            "first < n && i < 2 && tokens[first] == token ?",
+            "tests/cuda/test_memory_bound.py -k runs",
+        ),
     ],
     "csrc/cuda/adamw.cuh": [
-        ("g * g * c.weight2", "g * c.weight2"),
-        ("random.words[i / 2] >> i % 2 * 16 & 0xffff", "random.words[i / 2] & 0xffff"),
-        ("return p == p ? rounded : p;", "return rounded;"),
-        ("for (int warp = 1; warp < kRootThreads", "for (int warp = 2; warp < kRootThreads"),
         (
-            "philox(static_cast<uint64_t>(*seed), place, blockIdx.x)",
-            "philox(static_cast<uint64_t>(*seed), threadIdx.x, blockIdx.x)",
+            "random.words[i / 2] >> i % 2 * 16 & 0xffff",
+            "random.words[i / 2] & 0xffff",
+            "tests/cuda/test_memory_bound.py -k stochastic",
+        ),
+        (
+            "for (int warp = 1; warp < kRootThreads",
+            "for (int warp = 2; warp < kRootThreads",
+            "tests/cuda/test_memory_bound.py -k norm",
         ),
     ],
 }

@@ -62,7 +62,8 @@ def test_gelu(last_blocks: None) -> None:
     (dx,) = torch.autograd.grad(y, tail, dy[-LAST:])
     same(native("gelu_forward")(x, "tanh"), y.detach())
     same(native("gelu_backward")(dy, x, "tanh"), dx)
-    same(native("bias_gelu_forward")(x, bias, "tanh"), ops.bias_gelu(x[-LAST:], bias, backend="eager"))
+    wide = ops.bias_gelu(x[-LAST:].float(), bias.float(), backend="eager")
+    same(native("bias_gelu_forward")(x, bias, "tanh"), wide.to(BF16))
 
 
 def test_dropout_add(last_blocks: None) -> None:
@@ -121,26 +122,13 @@ def test_strides_of_attention(dtype: torch.dtype, apart: int) -> None:
 
 
 MUTANTS = {
-    "csrc/cuda/gelu.cuh": [
-        (
-            "const T* __restrict__ x, T* __restrict__ y, int64_t n, bool aligned) {\n"
-            "  constexpr int kSize = kGeluElements<T>;\n"
-            "  const int64_t first = (static_cast<int64_t>(blockIdx.x)",
-            "const T* __restrict__ x, T* __restrict__ y, int64_t n, bool aligned) {\n"
-            "  constexpr int kSize = kGeluElements<T>;\n"
-            "  const int64_t first = (static_cast<int>(blockIdx.x)",
-        ),
-    ],
     "csrc/cuda/dropout.cuh": [
-        ("(static_cast<int64_t>(blockIdx.x) * 4 + k)", "static_cast<int>(blockIdx.x * 4 + k)")
-    ],
-    "csrc/cuda/cross_entropy.cuh": [
-        ("T* const to = p.dlogits + n *", "T* const to = p.dlogits + (int)n * (int)")
+        ("(static_cast<int64_t>(blockIdx.x) * 4 + k)", "static_cast<int>(blockIdx.x * 4 + k)"),
     ],
     "csrc/cuda/attention_tiles.cuh": [
         (
             "from + static_cast<int64_t>(first + own) * stride",
             "from + (first + own) * static_cast<int>(stride)",
-        )
+        ),
     ],
 }

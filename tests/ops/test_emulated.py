@@ -94,14 +94,25 @@ def test_accuracy_of_long_rows(case: Case, dtype: torch.dtype) -> None:
 
 MUTANTS = {
     "csrc/cuda/layer_norm.cuh": [
-        ("dw[0][i] += dy[i] * xhat[i];", "dw[0][i] = dy[i] * xhat[i];"),
-        ("column + i < p.width ? s[i] - mean : 0.0f", "s[i] - mean"),
-        ("- xhat[i] * mean_gx) + ds[i];", "- xhat[i] * mean_gx) - ds[i];"),
-        ("sum = 0.0f;\n        for (int y = 0;", "sum = 0.0f;\n        for (int y = 1;"),
+        (
+            "dw[0][i] += dy[i] * xhat[i];",
+            "dw[0][i] = dy[i] * xhat[i];",
+            "tests/ops/test_emulated.py -k accuracy",
+        ),
+        (
+            "column + i < p.width ? s[i] - mean : 0.0f",
+            "s[i] - mean",
+            "tests/ops/test_emulated.py -k accuracy",
+        ),
     ],
-    "csrc/cuda/reduce.cuh": [("lane < warps ? scratch", "lane <= warps ? scratch")],
+    "csrc/cuda/reduce.cuh": [
+        ("lane < warps ? scratch", "lane <= warps ? scratch", "tests/ops/test_emulated.py -k accuracy"),
+    ],
     "csrc/cuda/partials.cuh": [
-        ("for (int i = 1; i < kPartialWarps", "for (int i = 2; i < kPartialWarps"),
-        ("p < programs; p += kPartialWarps", "p < programs - 1; p += kPartialWarps"),
+        (
+            "p < programs; p += kPartialWarps",
+            "p < programs - 1; p += kPartialWarps",
+            "tests/ops/test_emulated.py -k accuracy",
+        ),
     ],
 }
