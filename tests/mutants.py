@@ -82,14 +82,16 @@ def mutate(mutant: Mutant, tree: Path) -> None:
 
 
 def build_extension(tree: Path, changed: str) -> None:
-    """Link fastgpt._C of what was compiled for the CPU in ROOT, but for the files that read `changed`."""
+    """Link fastgpt._C of what was compiled for the CPU in ROOT, but for the files that read `changed`.
+
+    Compiling all of it for each mutant would take minutes.
+    """
     folder = next((ROOT / "build").glob("temp.*"))
-    said = subprocess.run(
-        ["ninja", "-t", "compdb", "compile"], cwd=folder, check=True, capture_output=True, text=True
-    )
+    ask = [sys.executable, "-m", "ninja", "-t", "compdb", "compile"]
+    said = subprocess.run(ask, cwd=folder, check=True, capture_output=True, text=True)
     objects = {}
     for step in json.loads(said.stdout):
-        source, target, command = (Path(step["file"]), step["output"], step["command"])
+        source, target, command = Path(step["file"]), step["output"], step["command"]
         if "/csrc/cuda/" in target:
             continue
         objects[source] = target
