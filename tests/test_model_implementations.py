@@ -10,6 +10,7 @@ from typing import Any
 import cuda_emulator
 import pytest
 import torch
+from ops.helpers import assert_accurate
 from torch import Tensor
 
 from fastgpt import GPT, GPTConfig, ops
@@ -88,6 +89,21 @@ def assert_same_losses(actual: Tensor, eager: Tensor, oracle: Tensor) -> None:
             torch.linalg.vector_norm(x, norm) for x in (actual - oracle, eager - oracle, oracle)
         )
         assert error <= 2 * theirs + STEPS * torch.finfo(torch.float32).eps * size
+
+
+@implementations
+def test_same_gradients(name: str) -> None:
+    """Loss and the gradient of every parameter, forward and backward on this implementation alone."""
+
+    def everything(backend: str, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+        gpt = model(dtype=dtype)
+        with ops.use(backend):
+            loss = gpt(*batch(), return_logits=False)[1]
+            return [loss.detach(), *torch.autograd.grad(loss, list(gpt.parameters()))]
+
+    oracle, eager = everything("eager", torch.float64), everything("eager")
+    for actual, theirs, exact in zip(everything(name), eager, oracle, strict=True):
+        assert_accurate(actual, theirs, exact.cpu())
 
 
 @implementations
