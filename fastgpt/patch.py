@@ -17,8 +17,8 @@ What it leaves to Hugging Face's own code:
 - an MLP whose activation is not a GELU, the product of a c_fc that is not a Conv1D (LoRA's, say), and a
   loss_function that was set.
 
-Tested with transformers 5.24, 5.23 and 4.57, by hand with 4.46. With 4.57 blocks stay as they are, and attention
-without a cache is ours only if given a mask of ones; with 4.46 attention and the loss stay too.
+Tested with transformers 5.24, 5.23 and 4.57, by hand with 4.46. With 4.57 blocks stay as they are, and
+attention without a cache is ours only if given a mask of ones; with 4.46 attention and the loss stay too.
 """
 
 from __future__ import annotations
