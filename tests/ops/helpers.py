@@ -65,7 +65,8 @@ def spread(tensor: Tensor) -> Tensor:
 
 def transposed(tensor: Tensor) -> Tensor:
     """The same values in the opposite order of dimensions: dense, so that `empty_like` keeps that order."""
-    return tensor.permute(*reversed(range(tensor.ndim))).contiguous().permute(*reversed(range(tensor.ndim)))
+    order = tuple(reversed(range(tensor.ndim)))
+    return tensor.permute(order).contiguous().permute(order)
 
 
 @dataclass(frozen=True)
