@@ -193,6 +193,6 @@ MUTANTS = {
         ("          alignment(p.x),\n", "          0,\n"),
     ],
     "csrc/cuda/linear_gelu_ops.cpp": [
-        ("transposed = !holds(0, 1) && holds(1, 0);", "transposed = holds(1, 0);")
+        ("tensor = transposed || holds(0, 1) ? w : w.contiguous();", "tensor = w;")
     ],
 }

@@ -272,7 +272,7 @@ MUTANTS = {
             "zp = kept(n, e) ? zp : 0.0f;",
             "tests/ops/test_attention_cuda.py -k dropout",
         ),
-        ("dk_acc[0][n][e] *= a.scale;", "", "tests/ops/test_attention_cuda.py -k packed"),
+        ("dk_acc[0][n][e] *= a.scale;", ";", "tests/ops/test_attention_cuda.py -k packed"),
     ],
     "csrc/cuda/attention_pairs.cuh": [
         ("last_key > first_position - window;", "last_key > first_position - window + 1;"),
