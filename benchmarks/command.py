@@ -11,6 +11,9 @@ from fastgpt.errors import InputError
 # Name: (what runs it, which takes the rest of the command line; what it does).
 SUBCOMMANDS = {
     "ops": ("fastgpt.benchmarks.ops:command", "every operation and implementation against its contenders"),
+    "train": ("fastgpt.benchmarks.train:command", "whole training steps, losses agreeing, by operation"),
+    "ladder": ("fastgpt.benchmarks.ladder:command", "the lecture's speed-ups of GPT-2 one after another"),
+    "generate": ("fastgpt.benchmarks.generate:command", "tokens a second of prefill and of decode"),
 }
 
 

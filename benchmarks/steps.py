@@ -47,6 +47,11 @@ class Recipe:
     graph: bool = False
     """Replay the whole step as one CUDA graph."""
 
+    @property
+    def compiles(self) -> bool:
+        """Whether its first step takes time that later ones do not."""
+        return self.compile is not None or self.ops == "triton"
+
     def missing(self, device: torch.device) -> str | None:
         """Why it cannot run on the device, or None where it can."""
         if device.type != "cuda":
@@ -54,8 +59,13 @@ class Recipe:
                 return "TF32 is a precision of NVIDIA's tensor cores"
             if self.graph:
                 return "CUDA graphs need an NVIDIA GPU"
-        reasons = [row.missing(device) for row in ops.table() if row.name == self.ops]
-        return next((reason for reason in reasons if reason), None)
+        return missing(self.ops, device)
+
+
+def missing(implementation: str, device: torch.device) -> str | None:
+    """Why an operation of that implementation cannot run on the device, or None where all can."""
+    reasons = [row.missing(device) for row in ops.table() if row.name == implementation]
+    return next((reason for reason in reasons if reason), None)
 
 
 class Step:
@@ -74,9 +84,9 @@ class Step:
         self.taken = 0
         dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
         self.model = (copy.deepcopy(initial) if recipe.padded else unpadded(initial)).to(self.device, dtype)
-        self.network: Any = self.model
+        self.network: Any = self.model if recipe.flash else self._without_flash
         if recipe.compile is not None:
-            self.network = torch.compile(self.model, mode=recipe.compile)
+            self.network = torch.compile(self.network, mode=recipe.compile, dynamic=False)
         self.optimizer = _optimizer(recipe.optimizer, self.model, config)
         with ops.use(recipe.ops, **dict.fromkeys(recipe.eager_ops, "eager")) as self._choice:
             pass  # a choice is made where `use` is called: undo it until a step enters it again
@@ -100,9 +110,17 @@ class Step:
         return loss.detach()
 
     def loss(self, idx: Tensor, targets: Tensor) -> Tensor:
-        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "autocast")
+        autocast = torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.recipe.precision == "autocast"
+        )
         with autocast:
             return self.network(idx, targets, return_logits=False)[1]
+
+    def _without_flash(self, idx: Tensor, targets: Tensor, *, return_logits: bool) -> Any:
+        """The model with attention weights in memory. The choice is made inside, where torch.compile sees it:
+        made outside, it would run what it has compiled of the same model with flash attention."""
+        with sdpa_kernel(SDPBackend.MATH):
+            return self.model(idx, targets, return_logits=return_logits)
 
     def update(self) -> None:
         """Clip and apply the gradients. A graph keeps them in place: it knows them by address."""
@@ -111,13 +129,18 @@ class Step:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=not self.recipe.graph)
 
+    def held_bytes(self) -> int:
+        """Of weights and the optimizer's state, which are there between steps."""
+        state = [t for s in self.optimizer.state.values() for t in s.values() if isinstance(t, Tensor)]
+        return sum(t.numel() * t.element_size() for t in itertools.chain(self.model.parameters(), state))
+
     @contextlib.contextmanager
     def settings(self) -> Iterator[None]:
         """The global choices of the recipe, put back afterwards."""
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("high" if self.recipe.precision == "tf32" else "highest")
         try:
-            with self._choice, contextlib.nullcontext() if self.recipe.flash else sdpa_kernel(SDPBackend.MATH):
+            with self._choice:
                 yield
         finally:
             torch.set_float32_matmul_precision(before)
@@ -161,12 +184,3 @@ def random_batches(config: GPTConfig, batch_size: int, device: torch.device, see
     ranks = config.vocab_size ** torch.rand(shape, generator=generator)  # log-uniform in [1, vocab_size]
     text = ranks.long().clamp(max=config.vocab_size) - 1
     return [(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()) for tokens in text.to(device)]
-
-
-def losses(step: Step, count: int) -> list[float]:
-    """Of `count` steps on the first batch alone, so that the loss falls fast and a wrong gradient shows."""
-    batches, step.batches = step.batches, step.batches[:1]
-    try:
-        return [float(step()) for _ in range(count)]
-    finally:
-        step.batches = batches
