@@ -11,6 +11,7 @@ from fastgpt.errors import InputError
 # Name: (what runs it, which takes the rest of the command line; what it does).
 SUBCOMMANDS = {
     "ops": ("fastgpt.benchmarks.ops:command", "every operation and implementation against its contenders"),
+    "summary": ("fastgpt.benchmarks.summary:command", "what a run found, as tables"),
 }
 
 

@@ -33,6 +33,7 @@ from fastgpt.benchmarks.contenders import EAGER, Contender, contenders_of
 from fastgpt.benchmarks.environment import clocks_during, new_run, now, where
 from fastgpt.benchmarks.record import choose, lines
 from fastgpt.benchmarks.results import RESULTS, Row, Status, append, newest_run, path_of, read
+from fastgpt.benchmarks.summary import summary
 from fastgpt.benchmarks.timing import Call, failure, first_call, measure, one_line, release_memory, working
 from fastgpt.chips import chip_named
 from fastgpt.errors import InputError
@@ -407,26 +408,6 @@ def _line(case: Case, rows: Iterable[Row]) -> str:
         else:
             parts.append(f"{row.contender} {row.ratio:.2f}x [{row.ratio_p20:.2f} {row.ratio_p80:.2f}]")
     return f"{case}: {', '.join(parts)}"
-
-
-def summary(rows: Sequence[Row]) -> str:
-    """A table: how each contender did against eager in an operation and direction, the losers first."""
-    ratios: dict[tuple[str, str, str], list[float]] = {}
-    for row in rows:
-        if row.status == "ok" and row.ratio is not None and row.contender != row.baseline:
-            ratios.setdefault((row.operation, row.direction, row.contender), []).append(row.ratio)
-    title = (
-        f"{'operation':<22}{'direction':<11}{'contender':<22}{'cases':>5}  faster than eager, worst to best"
-    )
-    table = [title, "-" * len(title)]
-    for (operation, direction, name), found in sorted(ratios.items(), key=lambda item: min(item[1])):
-        span = f"{min(found):.2f}x to {max(found):.2f}x"
-        table.append(f"{operation:<22}{direction:<11}{name:<22}{len(found):>5}  {span}")
-    wrong = [row for row in rows if row.status in ("wrong", "failed")]
-    table += [
-        f"{row.status}: {row.operation} {row.contender} {row.dtype} {row.shape}: {row.note}" for row in wrong
-    ]
-    return "\n".join(table)
 
 
 def _record(given: OpsArgs, suite: _Suite) -> None:

@@ -87,8 +87,8 @@ def _best(cases: list[Speeds], candidates: list[str], rival: str) -> tuple[str, 
 def lines(chosen: Mapping[str, Mapping[str, Choice]]) -> list[str]:
     """One for each choice."""
     return [
-        f"{operation:<22}{cls:<8}{choice.implementation:<8}{choice.ratio:5.2f}x as fast as eager in {choice.cases} "
-        f"case(s), at worst {choice.worst:.2f}x; inside torch.compile {choice.compiled}"
+        f"{operation:<22}{cls:<8}{choice.implementation:<8}{choice.ratio:5.2f}x as fast as eager "
+        f"in {choice.cases} case(s), at worst {choice.worst:.2f}x; inside torch.compile {choice.compiled}"
         for operation, classes in chosen.items()
         for cls, choice in classes.items()
     ]
