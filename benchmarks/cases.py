@@ -29,6 +29,7 @@ from fastgpt.ops.linear_cross_entropy import cost as linear_cross_entropy_cost
 from fastgpt.ops.rms_norm import cost as rms_norm_cost
 
 VOCAB, PADDED_VOCAB = 50257, 50304
+BLOCK = 1024  # positions of the table of GPT-2
 DROPOUT_P = 0.1
 NO_DROPOUT_P = 1e-12  # drops nothing, yet runs the same code: with it all implementations must agree
 
@@ -250,7 +251,7 @@ def parameter_shapes(sizes: Sizes) -> list[tuple[int, ...]]:
         (C, 4 * C),
         (C,),
     ]
-    return [(sizes.V, C), (sizes.T, C), *(layer * sizes.L), (C,), (C,)]
+    return [(sizes.V, C), (BLOCK, C), *(layer * sizes.L), (C,), (C,)]
 
 
 def _parameters(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> list[Tensor]:

@@ -124,6 +124,8 @@ def run_ops(given: OpsArgs) -> Path:
     if device.type not in GUESS:
         raise InputError(f"device {given.device!r}: operations are timed on cuda and cpu")
     cases = list(cases_of(given, device))
+    names = {c.name for w in WORKLOADS.values() for c in contenders_of(w, device, torch.float32)}
+    _chosen("contenders", given.contenders, tuple(sorted(names)))
     with working(device, given.threads):
         suite = _Suite(given, device)
         print(
