@@ -53,14 +53,22 @@ def results(
     return [*(x.detach() for x in outputs), *torch.autograd.grad(outputs, leaves, grads)]
 
 
-def cotangents_for(workload: Workload, inputs: Inputs, dtype: torch.dtype) -> list[Tensor]:
-    """A gradient for each output, the same each time."""
+def cotangents_for(workload: Workload, inputs: Inputs, dtype: torch.dtype, rows: int) -> list[Tensor]:
+    """A gradient for each output, the same each time.
+
+    That of a mean is as large as there are rows, as a loss scaler would have it: a row's gradients are then
+    normal numbers in fp16, however many rows there are.
+    """
     if not workload.differentiable:
         return []
     with torch.no_grad():
         outputs = tensors_of(workload.call(*inputs, backend="eager"))
     torch.manual_seed(1)
-    return [random_tensor(*x.shape, device=x.device, dtype=dtype) for x in outputs]
+    scales = [1.0 if x.ndim else float(min(rows, 1 << 15)) for x in outputs]
+    return [
+        random_tensor(*x.shape, device=x.device, dtype=dtype, scale=scale)
+        for x, scale in zip(outputs, scales, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
@@ -108,7 +116,7 @@ def oracle_for(workload: Workload, sizes: Sizes, dtype: torch.dtype, device: tor
     """For the sizes as `few_rows` has them."""
     check = workload.check or workload.call
     inputs = inputs_for(workload, sizes, dtype, device)
-    cotangents = cotangents_for(workload, inputs, dtype)
+    cotangents = cotangents_for(workload, inputs, dtype, sizes.rows)
 
     def eager(*args: Any) -> Any:
         return check(*args, backend="eager")
@@ -200,7 +208,7 @@ class Checker:
         if self._eager is None or self._eager[0] != key:
             self._eager = None
             inputs = inputs_for(workload, sizes, dtype, self.device)
-            cotangents = cotangents_for(workload, inputs, dtype)
+            cotangents = cotangents_for(workload, inputs, dtype, sizes.rows)
             check = workload.check or workload.call
             eager = results(workload, lambda *args: check(*args, backend="eager"), inputs, cotangents)
             self._eager = key, inputs, cotangents, eager

@@ -25,7 +25,7 @@ from fastgpt.model import GPT
 from fastgpt.ops import Cost, registry
 
 CPU = torch.device("cpu")
-TINY = Sizes(B=1, T=8, C=32, H=2, L=1, V=50304)
+TINY = Sizes(B=1, T=8, C=32, H=2, L=1, V=1024)
 QUICK = {"case_seconds": 0.0, "device": "cpu", "threads": 1, "dtypes": ("float32",)}
 
 
@@ -153,10 +153,10 @@ def test_right_contenders_pass(dtype: torch.dtype) -> None:
     sizes = dataclasses.replace(TINY, T=check.ROWS + 32)
     for workload in WORKLOADS.values():
         checker = Checker(CPU)
-        for contender in contenders_of(workload, CPU, dtype):
-            if contender.missing is None and not contender.compiles:
-                verdict = checker.verdict(contender.name, contender.checked, workload, sizes, dtype, few=True)
-                assert verdict.wrong is None, (workload.operation, contender.name, verdict.wrong)
+        able = [c for c in contenders_of(workload, CPU, dtype) if c.missing is None and not c.compiles]
+        for contender in able:
+            verdict = checker.verdict(contender.name, contender.checked, workload, sizes, dtype, few=True)
+            assert verdict.wrong is None, (workload.operation, contender.name, verdict.wrong)
 
 
 def test_out_of_memory_is_a_row(
@@ -224,7 +224,7 @@ def test_the_budget_leaves_out_what_does_not_fit(
         ({"dtypes": ("float8",)}, "dtypes = 'float8': choose from float32, "),
         ({"directions": ("sideways",)}, "directions = 'sideways': choose from both, forward, backward"),
         ({"shapes": "huge"}, "shapes = 'huge': it must be one of quick, gpt2, all"),
-        ({"contenders": ("nativ",)}, "contenders = 'nativ': choose from eager, .*native"),
+        ({"contenders": ("nativ",)}, "contenders = 'nativ': choose from apex, .*native"),
     ],
 )
 def test_bad_options(options: dict[str, Any], message: str, tmp_path: Path) -> None:
