@@ -20,14 +20,15 @@ def new_run() -> str:
 
 
 def where(device: torch.device, *, run: str, threads: int | None = None) -> dict[str, Any]:
-    """The fields of a Row that say where and when, for rows made now; `threads` are those of a CPU's timing."""
+    """The fields of a Row that say where and when, for rows made now; `threads` are those of the CPU."""
     found = environment(device)
     name = device_name(device)
-    threads = torch.get_num_threads() if threads is None else threads
+    if threads is None and device.type == "cpu":
+        threads = torch.get_num_threads()
     return {
         "run": run,
         "time": now(),
-        "machine": machine_name(name, threads),
+        "machine": machine_name(name, threads or 0),
         "device": device.type,
         "device_name": name,
         "threads": threads,

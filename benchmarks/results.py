@@ -115,6 +115,12 @@ def path_of(out: Path, machine: str, run: str) -> Path:
     return out / machine / f"{run}.csv"
 
 
+def newest_run(out: Path, machine: str) -> str | None:
+    """The name of the run that wrote to this machine's folder last; None if none did."""
+    files = sorted((out / machine).glob("*.csv"), key=lambda path: path.stat().st_mtime)
+    return files[-1].stem if files else None
+
+
 def append(rows: Iterable[Row], path: Path) -> None:
     """Add rows at the end of `path`, which is made with its header where there is none.
 

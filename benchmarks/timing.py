@@ -1,4 +1,4 @@
-"""How everything here is timed: contenders in interleaved rounds, each against the baseline in the same round.
+"""How everything is timed: contenders in interleaved rounds, each against the baseline in the same round.
 
 docs/benchmarking.md argues each choice. A contender is a call without arguments, or several calls that do the
 same on copies of the inputs, which take turns. They must have been checked for right results before.

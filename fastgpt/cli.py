@@ -1,4 +1,4 @@
-"""The command line: `fastgpt prepare | train | sample | eval | bench`."""
+"""The command line: `fastgpt prepare | train | sample | eval | bench | info`."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ fastgpt: train GPT-2 with hand-written kernels
   fastgpt sample RUN --prompt TEXT       write text with a trained model
   fastgpt eval RUN                       loss over a whole validation split
   fastgpt bench SUITE [options]          measure; `fastgpt bench` lists the suites
+  fastgpt info                           what runs here and why: the first attachment of a bug report
 
 `fastgpt COMMAND --help` lists the options of a command."""
 
@@ -322,6 +323,21 @@ def bench_command(args: Sequence[str]) -> None:
     command(args)
 
 
+# -- info ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class InfoArgs:
+    """Print the environment, and for each operation and device which implementation `auto` is and why."""
+
+
+def info_command(args: Sequence[str]) -> None:
+    parse(InfoArgs, args, "info")
+    from fastgpt.info import describe
+
+    print(describe())
+
+
 # -- the command itself --------------------------------------------------------------------------------------
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
@@ -330,6 +346,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "sample": sample_command,
     "eval": eval_command,
     "bench": bench_command,
+    "info": info_command,
 }
 
 

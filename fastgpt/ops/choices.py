@@ -1,8 +1,8 @@
-"""What `auto` means: for each operation, device and class of shapes the implementation that was measured fastest.
+"""What `auto` means: for each operation, device and class of shapes the implementation measured fastest.
 
-Two files of choices are read, the first that has an entry counts: the user's record, in the cache folder, which
-`fastgpt bench ops --record` writes; and the table beside this file, which comes with the package and holds what
-was measured by the same command. Without an entry the choice is eager.
+Two files of choices are read, and the first that has an entry counts: the user's record in the cache folder,
+which `fastgpt bench ops --record` writes; and the table beside this file, which comes with the package and
+holds what was measured by the same command. Without an entry the choice is eager.
 
 A file holds {device name: {operation: {class: Choice}}}; in the table, "cpu" stands for any CPU.
 """
@@ -25,8 +25,8 @@ from fastgpt.files import atomic_write, cache_dir
 
 EAGER = "eager"
 CLASSES = ("tiny", "small", "medium", "large")
-# Elements from which the next class begins. A kernel of 2^16 elements is all launch and start-up; 2^20 fit the
-# caches next to a core and fill a GPU just once; 2^24 fit a GPU's L2, and beyond them memory is the limit.
+# Elements from which the next class begins. A kernel of 2^16 elements is all launch and start-up; 2^20 fit
+# the caches of a core and fill a GPU just once; 2^24 fit a GPU's L2, and beyond them memory is the limit.
 BEGIN = (1 << 16, 1 << 20, 1 << 24)
 SHIPPED = Path(__file__).parent / "measured.json"
 log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ class Choice:
 
     implementation: str
     ratio: float
-    """Eager's time over its time: the geometric mean over the cases of the class, each the median over rounds."""
+    """Eager's time over its time: of each case the median over rounds, of the class their geometric mean."""
     worst: float
     """The least of those cases."""
     cases: int
@@ -103,7 +103,9 @@ def record(chosen: dict[str, dict[str, Choice]], device_name: str, path: Path) -
     for operation, classes in chosen.items():
         operations[operation] = operations.get(operation, {}) | classes
     values = {
-        device: {op: {cls: dataclasses.asdict(c) for cls, c in classes.items()} for op, classes in found.items()}
+        device: {
+            op: {cls: dataclasses.asdict(c) for cls, c in classes.items()} for op, classes in found.items()
+        }
         for device, found in choices.items()
     }
     with atomic_write(path) as temporary:
@@ -121,7 +123,9 @@ def _parse(path: Path) -> Choices:
     try:
         values: dict[str, Any] = json.loads(path.read_text())
         return {
-            device: {op: {cls: _choice(c) for cls, c in classes.items()} for op, classes in operations.items()}
+            device: {
+                op: {cls: _choice(c) for cls, c in classes.items()} for op, classes in operations.items()
+            }
             for device, operations in values.items()
         }
     except (OSError, ValueError, TypeError, AttributeError) as error:

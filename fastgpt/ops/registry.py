@@ -82,7 +82,7 @@ def select(
     Args:
         x: the tensor that decides: its device and dtype.
         elements: what the class of shapes goes by; by default those of x.
-        fits: whether kernels take these arguments at all: where they do not, or x is float64, `auto` is eager.
+        fits: whether kernels take these arguments: where they do not, or x is float64, `auto` is eager.
 
     Raises:
         InputError: the implementation asked for does not exist or cannot run here.
@@ -124,8 +124,8 @@ def automatic(operation: str, device: torch.device, cls: str | None) -> str:
     if reason is None:
         return name
     choices.say_once(
-        f"auto: {name} was measured fastest for operations on this {device.type} ({found.path}) but cannot "
-        f"run, so eager runs: {reason}"
+        f"auto: {name} was measured fastest on this {device.type} ({found.path}) but cannot run, so eager "
+        f"runs instead: {reason}"
     )
     return choices.EAGER
 
