@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,14 +28,13 @@ from fastgpt.runtime import Precision as Peak
 ORACLE = Recipe("oracle", "fp32")
 ORACLE_TOKENS = 8192  # that it works on at a time, so that its fp32 activations fit where the contenders' do
 BYTES_PER_PARAMETER = 16  # fp32 weights, gradients and two moments: the least that a step holds
-# The share of its size by which a loss may differ from the oracle's, by the precision of matrix products.
-# docs/benchmarking-training.md argues it.
-TOLERANCE: dict[Precision, float] = {
-    "fp32": 16 * torch.finfo(torch.float32).eps,
-    "tf32": 2.0**-11,
-    "autocast": torch.finfo(torch.bfloat16).eps / 2,
-    "bf16": torch.finfo(torch.bfloat16).eps / 2,
+# Eager steps that show what rounding alone does to the losses, by the precision of a contender.
+YARDSTICKS: dict[Precision, Recipe] = {
+    "tf32": Recipe("yardstick", "tf32"),
+    "autocast": Recipe("yardstick", "bf16", optimizer="fastgpt"),
+    "bf16": Recipe("yardstick", "bf16", optimizer="fastgpt"),
 }
+FLOOR = 16 * torch.finfo(torch.float32).eps  # of the first loss: for sums of fp32 in another order
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ class Entry:
 def contest(
     recipes: Sequence[Recipe],
     case: Case,
-    oracle: Sequence[float],
+    reference: Reference,
     *,
     baseline: Callable[[list[Entry]], Entry],
     expected: Mapping[str, int] | None = None,
@@ -100,32 +99,72 @@ def contest(
     """Check and time the recipes. Call this inside `timing.working(device)`.
 
     Args:
-        oracle: the losses to find: `oracle_losses(case)`.
+        reference: the losses to find.
         baseline: picks, of those that passed, the one that ratios compare with.
         expected: bytes that a contender will hold, where that is known: on a CPU, whose system ends a process
             that takes too much, it is then not tried.
     """
     entries: list[Entry] = []
     for recipe in recipes:
-        entry = _examine(recipe, case, oracle, (expected or {}).get(recipe.name, 0))
+        entry = _examine(recipe, case, reference, (expected or {}).get(recipe.name, 0))
         if entry.status == "oom" and any(other.step for other in entries):
             for other in entries:  # they will be timed alone
                 other.step = None
             release_memory()
-            entry = _examine(recipe, case, oracle, (expected or {}).get(recipe.name, 0))
+            entry = _examine(recipe, case, reference, (expected or {}).get(recipe.name, 0))
         entries.append(entry)
     together = [entry for entry in entries if entry.step is not None]
     if together:
         _time_together(together, case, baseline(together).recipe.name)
+    release_memory()
     for entry in entries:
         if entry.status == "ok" and entry.timing is None:
             _time_alone(entry, case)
     return entries
 
 
-def oracle_losses(case: Case) -> list[float]:
-    """The losses of fp32 eager steps, the gradients of each summed over slices of the batch."""
-    step = Step(ORACLE, case.initial, case.config, case.batches)
+@dataclass(frozen=True)
+class Reference:
+    """What the losses must be."""
+
+    losses: list[float]
+    """Of fp32 eager steps."""
+    allowed: dict[Precision, float]
+    """How far from these a contender's may be, in nats: twice as far as the precision's yardstick is at most,
+    and the floor. docs/benchmarking-training.md argues it."""
+
+    @classmethod
+    def of(cls, case: Case, precisions: Iterable[Precision]) -> Reference:
+        """For contenders of these precisions that can run on the device."""
+        losses = eager_losses(case, ORACLE)
+        floor = FLOOR * losses[0]
+        off: dict[Recipe, float] = {}
+        allowed: dict[Precision, float] = {"fp32": floor}
+        for precision in precisions:
+            yardstick = YARDSTICKS.get(precision)
+            if yardstick is None or yardstick.missing(case.device):
+                continue
+            if yardstick not in off:
+                off[yardstick] = largest_difference(eager_losses(case, yardstick), losses)
+            allowed[precision] = 2 * off[yardstick] + floor
+        return cls(losses, allowed)
+
+    def disagreement(self, recipe: Recipe, losses: Sequence[float]) -> str | None:
+        """The first loss that is farther away than is allowed, in words; None if none is."""
+        allowed = self.allowed[recipe.precision]
+        for number, (mine, wanted) in enumerate(zip(losses, self.losses, strict=True), 1):
+            if not abs(mine - wanted) <= allowed:  # a NaN is wrong too
+                return f"loss of step {number} is {mine:.6g}: it must be {wanted:.6g}, within {allowed:.1g}"
+        return None
+
+
+def largest_difference(losses: Sequence[float], others: Sequence[float]) -> float:
+    return max(abs(a - b) for a, b in zip(losses, others, strict=True))
+
+
+def eager_losses(case: Case, recipe: Recipe) -> list[float]:
+    """The losses of steps by a recipe, the gradients of each summed over slices of the batch."""
+    step = Step(recipe, case.initial, case.config, case.batches)
     idx, targets = case.batches[0]
     rows = max(1, ORACLE_TOKENS // idx.shape[1])
     losses = []
@@ -143,16 +182,7 @@ def oracle_losses(case: Case) -> list[float]:
     return losses
 
 
-def disagreement(recipe: Recipe, losses: Sequence[float], oracle: Sequence[float]) -> str | None:
-    """The first loss that is not the oracle's within the precision's tolerance, in words; None if all are."""
-    for number, (mine, wanted) in enumerate(zip(losses, oracle, strict=True), 1):
-        allowed = TOLERANCE[recipe.precision] * abs(wanted)
-        if not abs(mine - wanted) <= allowed:  # a NaN is wrong too
-            return f"loss of step {number} is {mine:.6g}: it must be {wanted:.6g}, within {allowed:.1g}"
-    return None
-
-
-def _examine(recipe: Recipe, case: Case, oracle: Sequence[float], expected: int) -> Entry:
+def _examine(recipe: Recipe, case: Case, reference: Reference, expected: int) -> Entry:
     """Take the first steps by a recipe."""
     entry = Entry(recipe)
     if reason := recipe.missing(case.device):
@@ -163,7 +193,7 @@ def _examine(recipe: Recipe, case: Case, oracle: Sequence[float], expected: int)
         return entry
     try:
         _first_steps(entry, case)
-        if wrong := disagreement(recipe, entry.losses, oracle):
+        if wrong := reference.disagreement(recipe, entry.losses):
             entry.status, entry.note, entry.step = "wrong", wrong, None
         elif case.profile is not None:
             entry.profile = case.profile(entry.step)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastgpt.benchmarks.contest import Case, Entry, contest, oracle_losses, row_of
+from fastgpt.benchmarks.contest import Case, Entry, Reference, contest, row_of
 from fastgpt.benchmarks.environment import clocks_during
 from fastgpt.benchmarks.results import RESULTS, Row, append
 from fastgpt.benchmarks.runs import Run, aligned, cold_compiler, number
@@ -133,14 +133,15 @@ def run_ladder(given: LadderArgs) -> Path:
         if run.done:
             print("it has a ladder already")
             return run.path
-        oracle = oracle_losses(case)
+        recipes = rungs(kernels)
+        reference = Reference.of(case, [recipe.precision for recipe in recipes])
         with clocks_during(device) as clocks:
-            entries = contest(rungs(kernels), case, oracle, baseline=lambda passed: passed[0])
+            entries = contest(recipes, case, reference, baseline=lambda passed: passed[0])
     lecture = LECTURE_MS if (name, batch, block_size) == LECTURE_SIZE else {}
     rows = [_row(entry, case, run, clocks.text, lecture) for entry in entries]
     append(rows, run.path)
     print(
-        f"{mfu_formula(case.initial, device)}\n\n{table(rows, entries, lecture)}\n\n{losses(entries, oracle)}"
+        f"{mfu_formula(case.initial, device)}\n\n{table(rows, entries, lecture)}\n\n{losses(entries, reference)}"
     )
     return run.path
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from fastgpt.benchmarks.attribution import GROUPS, attribute
-from fastgpt.benchmarks.contest import TOLERANCE, Case, Entry, contest, oracle_losses, row_of
+from fastgpt.benchmarks.contest import Case, Entry, Reference, contest, largest_difference, row_of
 from fastgpt.benchmarks.environment import clocks_during
 from fastgpt.benchmarks.results import RESULTS, Row, append
 from fastgpt.benchmarks.runs import Run, aligned, cold_compiler, number
@@ -192,9 +192,11 @@ class _Suite:
         size = len(case.batches[0][0])
         # As if all of it grew with the batch: too much, by the weights.
         expected = {name: bytes_ * size // of for name, (bytes_, of) in held.items()}
-        oracle = oracle_losses(case) if able else []
+        reference = Reference.of(case, [recipe.precision for recipe in able]) if able else None
+        entries: list[Entry] = []
         with clocks_during(case.device) as clocks:
-            entries = contest(able, case, oracle, baseline=fastest_peer, expected=expected)
+            if reference is not None:
+                entries = contest(able, case, reference, baseline=fastest_peer, expected=expected)
         against_fastest(entries)
         for recipe in recipes:
             if recipe.name in too_large:
@@ -203,13 +205,15 @@ class _Suite:
         named = {"suite": "train", "operation": self.preset, "clocks": clocks.text}
         rows = [row_of(e, case, self.run.where, contender=e.recipe.name, **named) for e in entries]
         append(rows, self.run.path)
-        self._write(entries, case, oracle)
-        print(f"\n{self.preset} {case.shape}\n{times(rows)}\n\n{losses(entries, oracle)}", flush=True)
+        self._write(entries, case)
+        print(f"\n{self.preset} {case.shape}\n{times(rows)}", flush=True)
+        if reference is not None:
+            print(f"\n{losses(entries, reference)}", flush=True)
         if shares := attribution(entries):
             print(f"\n{shares}", flush=True)
         return entries
 
-    def _write(self, entries: list[Entry], case: Case, oracle: list[float]) -> None:
+    def _write(self, entries: list[Entry], case: Case) -> None:
         """Losses and attributions of a case, a JSON object for each contender."""
         for entry in entries:
             record = {
@@ -219,7 +223,6 @@ class _Suite:
                 "contender": entry.recipe.name,
                 "status": entry.status,
                 "losses": entry.losses,
-                "oracle": oracle,
                 "attribution": dataclasses.asdict(entry.profile) if entry.profile else None,
             }
             with self.run.path.with_name(f"{self.run.name}-train.jsonl").open("a") as file:
@@ -285,16 +288,20 @@ def times(rows: Sequence[Row]) -> str:
     return "\n".join([aligned(lines), *notes])
 
 
-def losses(entries: Iterable[Entry], oracle: Sequence[float]) -> str:
-    """The losses that were compared, and by how much of their size each contender's differ at most."""
-    shown = [("fp32 oracle", oracle, "")]
+def losses(entries: Iterable[Entry], reference: Reference) -> str:
+    """The losses that were compared, and by how much each contender's differ at most."""
+    title = ["losses of steps", *map(str, range(1, len(reference.losses) + 1)), "differ by"]
+    lines = [title, _losses_line("fp32 oracle", reference.losses, "")]
     for entry in entries:
-        if len(entry.losses) == len(oracle):
-            off = max(abs(a - b) / abs(b) for a, b in zip(entry.losses, oracle, strict=True))
-            allowed = TOLERANCE[entry.recipe.precision]
-            shown.append((entry.recipe.name, entry.losses, f"{off:.1e} of {allowed:.1e}"))
-    title = ["losses of steps", *map(str, range(1, len(oracle) + 1)), "differs"]
-    return aligned([title, *([name, *(f"{x:.4f}" for x in values), off] for name, values, off in shown)])
+        if len(entry.losses) == len(reference.losses):
+            off = largest_difference(entry.losses, reference.losses)
+            allowed = reference.allowed[entry.recipe.precision]
+            lines.append(_losses_line(entry.recipe.name, entry.losses, f"{off:.1e} of {allowed:.1e}"))
+    return aligned(lines)
+
+
+def _losses_line(name: str, values: Sequence[float], end: str) -> list[str]:
+    return [name, *(f"{value:.4f}" for value in values), end]
 
 
 def attribution(entries: Iterable[Entry]) -> str:
