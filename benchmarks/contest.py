@@ -48,8 +48,8 @@ class Case:
     """On the device."""
     check_steps: int
     """Whose losses are compared, at least 2."""
-    seconds: float
-    """Of rounds."""
+    seconds: Callable[[], float]
+    """Of rounds: what is left when they begin. There are at least as many rounds as `measure` asks for."""
     profile: Callable[[Step], Any] | None = None
     """Called with each contender that computes what it should, last."""
 
@@ -245,7 +245,7 @@ def _first_steps(entry: Entry, case: Case) -> None:
 
 def _time_together(entries: list[Entry], case: Case, baseline: str) -> None:
     calls = {entry.recipe.name: entry.step for entry in entries if entry.step is not None}
-    timings = measure(calls, device=case.device, budget_s=case.seconds, baseline=baseline, memory=False)
+    timings = measure(calls, device=case.device, budget_s=case.seconds(), baseline=baseline, memory=False)
     for entry in entries:
         _take_over(entry, timings[entry.recipe.name])
 
@@ -254,7 +254,7 @@ def _time_alone(entry: Entry, case: Case) -> None:
     try:
         step = Step(entry.recipe, case.initial, case.config, case.batches)
         timing = measure(
-            {"alone": step}, device=case.device, budget_s=case.seconds, control=False, memory=False
+            {"alone": step}, device=case.device, budget_s=case.seconds(), control=False, memory=False
         )["alone"]
     except Exception as error:
         status, note = failure(error)

@@ -70,8 +70,8 @@ class GenerateArgs:
     """auto, cuda, cuda:N or cpu."""
     threads: int | None = None
     """Of a CPU; by default one for each core."""
-    budget: float = 10.0
-    """Seconds of rounds for each batch size and direction, of which there are 7 at least."""
+    budget: float = 60.0
+    """Seconds of rounds in all, shared evenly; each batch size and direction has 7 rounds at least."""
     out: Path = RESULTS
     """Results go to OUT/MACHINE/RUN.csv."""
     run: str | None = None
@@ -212,13 +212,14 @@ def run_generate(given: GenerateArgs) -> Path:
         run = Run.open("generate", given, device)
         print(f"{run.where['device_name']}, run {run.name}: {name} {dtype} -> {run.path}", flush=True)
         model = talkative(config).to(device, DTYPES[dtype])
-        for batch in given.batches or defaults.batches:
+        batches = given.batches or defaults.batches
+        for batch in batches:
             generator = torch.Generator().manual_seed(batch)
             text = torch.randint(config.vocab_size, (batch, prompt + new_tokens), generator=generator)
             race = _Race(name, dtype, model, text.to(device), prompt, implementations)
             if (name, race.shape) in run.done:
                 continue
-            rows = race.rows(given.budget, run)
+            rows = race.rows(given.budget / (2 * len(batches)), run)
             append(rows, run.path)
             print(f"\n{name} {race.shape}\n{table(rows)}", flush=True)
     return run.path

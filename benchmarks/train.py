@@ -166,7 +166,7 @@ class _Suite:
                 self.config,
                 random_batches(self.initial.config, size, device),
                 check_steps=self.given.steps,
-                seconds=self.given.case_seconds,
+                seconds=lambda: self.given.case_seconds,
                 profile=attribute if self.given.attribution else None,
             )
             if (self.preset, case.shape) in self.run.done:
