@@ -135,7 +135,7 @@ def automatic_compiled(operation: str, device: torch.device) -> str:
     return automatic(operation, device, None)
 
 
-# All that torch.compiler.assume_constant_result does, but for importing the whole compiler, which takes seconds.
+# What torch.compiler.assume_constant_result does, without importing the whole compiler, which takes seconds.
 automatic_compiled._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
