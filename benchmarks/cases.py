@@ -99,6 +99,8 @@ class Workload:
     elements: Callable[[Sizes, Inputs], int] = lambda sizes, inputs: inputs[0].numel()
     """What the class of shapes goes by, as the operation itself tells `auto`."""
     differentiable: bool = True
+    one_sum: bool = False
+    """The result is one sum over everything, whose rounding errors a part does not foretell."""
     in_place: bool = False
     """The call writes into its inputs: those it then returns."""
 
@@ -362,6 +364,7 @@ WORKLOADS = {
             lambda sizes, dtype, backward: norm_cost(_elements(sizes), dtype),
             elements=lambda sizes, inputs: _elements(sizes),
             differentiable=False,
+            one_sum=True,
         ),
         Workload(
             "embedding",

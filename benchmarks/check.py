@@ -132,6 +132,8 @@ def oracle_for(workload: Workload, sizes: Sizes, dtype: torch.dtype, device: tor
 
 def few_rows(sizes: Sizes, workload: Workload) -> Sizes:
     """The same widths on at most ROWS rows; of what goes over all parameters, one layer, few tokens."""
+    if workload.one_sum:
+        return sizes
     if workload.differentiable:
         return dataclasses.replace(sizes, B=1, T=min(sizes.T, ROWS))
     return dataclasses.replace(sizes, L=1, V=min(sizes.V, 1024))
@@ -168,9 +170,9 @@ class Checker:
 
         Raises what the contender raises.
         """
-        key = (workload.operation, dtype, sizes)
-        if (verdict := self._verdicts.get((name, *key))) is None:
-            verdict = self._verdicts[(name, *key)] = self._judge(function, workload, sizes, dtype, few)
+        key = (name, workload.operation, dtype, sizes)
+        if (verdict := self._verdicts.get(key)) is None:
+            verdict = self._verdicts[key] = self._judge(function, workload, sizes, dtype, few)
         return verdict
 
     def forget_case(self) -> None:

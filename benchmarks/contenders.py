@@ -126,7 +126,7 @@ def _flash_attn(qkv: Tensor) -> Tensor:
     return importlib.import_module("flash_attn").flash_attn_qkvpacked_func(qkv, causal=True)
 
 
-def _torch_adamw(**how: bool) -> Callable[..., Any]:
+def _torch_adamw(**how: Any) -> Callable[..., Any]:
     from torch.optim.adamw import adamw
 
     def run(

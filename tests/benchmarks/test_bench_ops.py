@@ -154,6 +154,9 @@ def test_right_contenders_pass(dtype: torch.dtype) -> None:
     for workload in WORKLOADS.values():
         checker = Checker(CPU)
         able = [c for c in contenders_of(workload, CPU, dtype) if c.missing is None and not c.compiles]
+        able = [
+            c for c in able if c.name != "emulated"
+        ]  # which the tests of kernels add, and hold to the same
         for contender in able:
             verdict = checker.verdict(contender.name, contender.checked, workload, sizes, dtype, few=True)
             assert verdict.wrong is None, (workload.operation, contender.name, verdict.wrong)
