@@ -195,7 +195,7 @@ def _examine(recipe: Recipe, case: Case, reference: Reference, expected: int) ->
         _first_steps(entry, case)
         if wrong := reference.disagreement(recipe, entry.losses):
             entry.status, entry.note, entry.step = "wrong", wrong, None
-        elif case.profile is not None:
+        elif case.profile is not None and entry.step is not None:
             entry.profile = case.profile(entry.step)
     except Exception as error:
         entry.status, entry.note = failure(error)

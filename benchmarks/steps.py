@@ -6,7 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -90,7 +90,7 @@ class Step:
         self.optimizer = _optimizer(recipe.optimizer, self.model, config)
         with ops.use(recipe.ops, **dict.fromkeys(recipe.eager_ops, "eager")) as self._choice:
             pass  # a choice is made where `use` is called: undo it until a step enters it again
-        self._run = self.take
+        self._run: Callable[..., Tensor] = self.take
         if recipe.graph:
             from fastgpt.graphs import CapturedStep
 

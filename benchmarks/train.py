@@ -59,7 +59,7 @@ DEFAULT = {
 }
 PRESET = {"cpu": "char-cpu", "cuda": "gpt2"}
 # By preset; other presets have those of gpt2.
-MICRO_BATCHES = {
+MICRO_BATCHES: dict[str, dict[str, tuple[int, ...]]] = {
     "cpu": {"char-cpu": (12,), "char": (16,), "gpt2": (4,)},
     "cuda": {"char-cpu": (12,), "char": (64,), "gpt2": (4, 8, 16, 32, 64, 128)},
 }
@@ -237,19 +237,19 @@ def fastest_peer(entries: list[Entry]) -> Entry:
 
 def against_fastest(entries: list[Entry]) -> None:
     """Compare with the peer whose rounds were the fastest, should it be another than was expected."""
-    timed = {e.recipe.name: e for e in entries if e.timing is not None and e.timing.baseline is not None}
-    medians = {name: statistics.median(e.timing.samples_us) for name, e in timed.items() if e.status == "ok"}
-    peers = {name: median for name, median in medians.items() if timed[name].recipe.ops == "eager"}
+    together = [e for e in entries if e.timing and e.timing.status == "ok" and e.timing.baseline]
+    timings = {e.recipe.name: e.timing for e in together if e.timing}
+    peers = [e.recipe.name for e in together if e.recipe.ops == "eager"]
     if not peers:
         return
-    best = min(peers, key=peers.__getitem__)
-    if timed[best].timing.baseline == best:
+    best = min(peers, key=lambda name: statistics.median(timings[name].samples_us))
+    if timings[best].baseline == best:
         return
-    theirs = timed[best].timing.samples_us
-    for name in medians:
-        timing = timed[name].timing
-        ratios = tuple(t / mine for mine, t in zip(timing.samples_us, theirs, strict=True))
-        timed[name].timing = dataclasses.replace(timing, baseline=best, ratios=() if name == best else ratios)
+    for entry in together:
+        timing = timings[entry.recipe.name]
+        pairs = zip(timing.samples_us, timings[best].samples_us, strict=True)
+        ratios = () if entry.recipe.name == best else tuple(theirs / mine for mine, theirs in pairs)
+        entry.timing = dataclasses.replace(timing, baseline=best, ratios=ratios)
 
 
 # -- what is printed -----------------------------------------------------------------------------------------
