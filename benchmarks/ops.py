@@ -270,8 +270,13 @@ class _Suite:
         )
         if verdict.wrong:
             return verdict.wrong, [], None
-        calls = calls_of(case, contender.function, self.device)
-        _, seconds = first_call(calls[0], self.device)
+
+        def begin() -> list[Call]:
+            calls = calls_of(case, contender.function, self.device)  # which runs forward, for backward
+            calls[0]()
+            return calls
+
+        calls, seconds = first_call(begin, self.device)
         if not contender.compiles or case.direction == "backward":
             return None, calls, None
         checked = contender.checked is contender.function and case.direction == "both"
