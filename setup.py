@@ -162,6 +162,6 @@ setup(
     # The Triton kernels and the benchmarks are top-level folders here, for readers; installed, they belong to
     # the package: a top-level `kernels` in site-packages would collide with the PyPI package of that name.
     package_dir={"fastgpt.kernels": "kernels", "fastgpt.benchmarks": "benchmarks"},
-    package_data={"fastgpt": ["py.typed"]},
+    package_data={"fastgpt": ["py.typed", "chips.yaml", "ops/measured.json"]},
     **extension(),
 )

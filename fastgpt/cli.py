@@ -1,4 +1,4 @@
-"""The command line: `fastgpt prepare | train | sample | eval`."""
+"""The command line: `fastgpt prepare | train | sample | eval | bench | info`."""
 
 from __future__ import annotations
 
@@ -28,13 +28,15 @@ fastgpt: train GPT-2 with hand-written kernels
   fastgpt train PRESET [options]         train; presets: {", ".join(PRESETS)}
   fastgpt sample RUN --prompt TEXT       write text with a trained model
   fastgpt eval RUN                       loss over a whole validation split
+  fastgpt bench SUITE [options]          measure; `fastgpt bench` lists the suites
+  fastgpt info                           what runs here and why: the first attachment of a bug report
 
 `fastgpt COMMAND --help` lists the options of a command."""
 
 T = TypeVar("T")
 
 
-def _parse(cls: type[T], args: Sequence[str], command: str, default: Any = tyro.MISSING_NONPROP) -> T:
+def parse(cls: type[T], args: Sequence[str], command: str, default: Any = tyro.MISSING_NONPROP) -> T:
     return tyro.cli(
         cls,
         args=list(args),
@@ -79,7 +81,7 @@ class PrepareArgs:
 def prepare_command(args: Sequence[str]) -> None:
     from fastgpt.data import TokenDataset, open_corpus, prepare
 
-    given = _parse(PrepareArgs, args, "prepare")
+    given = parse(PrepareArgs, args, "prepare")
     folder = prepare(
         open_corpus(given.corpus),
         given.tokenizer,
@@ -142,7 +144,7 @@ def _train_config(args: Sequence[str]) -> tuple[str, TrainConfig]:
         raise SystemExit(0)
     else:
         raise InputError(f"which preset? Choose one of {', '.join(PRESETS)}, or a YAML file")
-    return name, _parse(TrainConfig, rest, f"train {first}".strip(), default)
+    return name, parse(TrainConfig, rest, f"train {first}".strip(), default)
 
 
 def _option(args: Sequence[str], name: str) -> str | None:
@@ -214,7 +216,7 @@ class SampleArgs:
 
 
 def sample_command(args: Sequence[str]) -> None:
-    given = _parse(SampleArgs, args, "sample")
+    given = parse(SampleArgs, args, "sample")
     if given.num_samples < 1 or given.max_new_tokens < 1:
         raise InputError("num_samples and max_new_tokens must be at least 1")
     prompt = _prompt(given)
@@ -286,7 +288,7 @@ class EvalArgs:
 
 
 def eval_command(args: Sequence[str]) -> None:
-    given = _parse(EvalArgs, args, "eval")
+    given = parse(EvalArgs, args, "eval")
     import math
 
     from fastgpt.data import TokenDataset, ValidationSet, prepared
@@ -312,6 +314,30 @@ def eval_command(args: Sequence[str]) -> None:
     )
 
 
+# -- bench ---------------------------------------------------------------------------------------------------
+
+
+def bench_command(args: Sequence[str]) -> None:
+    from fastgpt.benchmarks.command import command
+
+    command(args)
+
+
+# -- info ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class InfoArgs:
+    """Print the environment, and for each operation and device which implementation `auto` is and why."""
+
+
+def info_command(args: Sequence[str]) -> None:
+    parse(InfoArgs, args, "info")
+    from fastgpt.info import describe
+
+    print(describe())
+
+
 # -- the command itself --------------------------------------------------------------------------------------
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
@@ -319,6 +345,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": train_command,
     "sample": sample_command,
     "eval": eval_command,
+    "bench": bench_command,
+    "info": info_command,
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import os
 import platform
 import subprocess
@@ -121,6 +122,20 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def _triton_version() -> str | None:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def device_name(device: torch.device) -> str:
+    """What the device is: the GPU's name as its driver reports it, or the processor's as the system does."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return _cpu_name() if device.type == "cpu" else device.type
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """What a reader of the results needs to know about the machine and the software."""
     return {
@@ -131,6 +146,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "platform": platform.platform(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "triton": _triton_version(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "cpu": _cpu_name(),
         "cpu_count": os.cpu_count(),
