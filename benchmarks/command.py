@@ -11,6 +11,7 @@ from fastgpt.errors import InputError
 # Name: (what runs it, which takes the rest of the command line; what it does).
 SUBCOMMANDS = {
     "ops": ("fastgpt.benchmarks.ops:command", "every operation and implementation against its contenders"),
+    "report": ("fastgpt.benchmarks.report:command", "a page about results, and what changed since others"),
     "summary": ("fastgpt.benchmarks.summary:command", "what a run found, as tables"),
 }
 

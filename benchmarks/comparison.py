@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -11,6 +13,15 @@ from fastgpt.benchmarks.results import Row
 OURS = ("triton", "native")
 BASELINE = "eager"
 Verdict = Literal["slower", "level", "faster"]
+
+
+def family(contender: str) -> str:
+    """Whose a contender is: that of "native-bf16" and of "native, no cache" is native."""
+    return re.split(r"[^a-z]", contender, maxsplit=1)[0]
+
+
+def ours(row: Row) -> bool:
+    return family(row.contender) in OURS
 
 
 @dataclass(frozen=True, order=True)
@@ -51,16 +62,16 @@ class Interval:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One of our contenders beside eager and beside the fastest of the others in its case."""
+    """One of our contenders beside the baseline, eager, and beside the fastest of the others in its case."""
 
     row: Row
-    eager: Interval | None
+    over_baseline: Interval | None
     peer: Row | None
     over_peer: Interval | None
 
     @property
     def intervals(self) -> list[Interval]:
-        return [interval for interval in (self.eager, self.over_peer) if interval is not None]
+        return [interval for interval in (self.over_baseline, self.over_peer) if interval is not None]
 
     @property
     def loses(self) -> bool:
@@ -83,18 +94,13 @@ def spread(row: Row) -> tuple[float, float]:
 
 
 def latest(rows: Iterable[Row]) -> list[Row]:
-    """Of each case the rows of the last run that has it, in the order they were written.
-
-    Contenders of one run were interleaved; those of two runs were not, so that a case is taken from one.
-    """
-    rows = list(rows)
+    """Of each contender in each case the last row, in the order they were written."""
     last: dict[tuple[object, ...], Row] = {}
     for row in rows:
-        known = last.get(_place(row))
-        if known is None or row.time >= known.time:
-            last[_place(row)] = row
-    kept = {(_place(row), row.contender): row for row in rows if row.run == last[_place(row)].run}
-    return list(kept.values())
+        key = (_place(row), row.contender)
+        if key not in last or row.time >= last[key].time:
+            last[key] = row
+    return list(last.values())
 
 
 def _place(row: Row) -> tuple[object, ...]:
@@ -102,24 +108,29 @@ def _place(row: Row) -> tuple[object, ...]:
 
 
 def compare(rows: Iterable[Row]) -> list[Comparison]:
-    """Our contenders in each case of `rows` (of `latest`), worst first."""
+    """Our contenders in each case of `rows` (of `latest`), worst first.
+
+    Whole steps of all precisions are one case: a contender's precision is what makes it fast. The ladder's
+    rungs are compared with each other, not here.
+    """
     cases: dict[tuple[object, ...], list[Row]] = {}
     for row in filter(timed, rows):
-        cases.setdefault(_place(row), []).append(row)
-    found = [_comparison(row, case) for case in cases.values() for row in case if row.contender in OURS]
+        if row.suite != "ladder":
+            together = dataclasses.replace(row, dtype="") if row.suite == "train" else row
+            cases.setdefault(_place(together), []).append(row)
+    found = [_comparison(row, case) for case in cases.values() for row in case if ours(row)]
     return sorted(found, key=lambda comparison: comparison.worst)
 
 
 def _comparison(row: Row, case: list[Row]) -> Comparison:
-    eager = next((other for other in case if other.contender == BASELINE), None)
-    peers = [other for other in case if other.contender not in (BASELINE, *OURS)]
-    peer = min(peers, key=lambda other: other.median_us or 0.0, default=None)
-    return Comparison(
-        row,
-        times_as_fast(row, eager) if eager else None,
-        peer,
-        times_as_fast(row, peer) if peer else None,
-    )
+    baseline = next((other for other in case if other.contender == (row.baseline or BASELINE)), None)
+    peers = [
+        (ratio.median, other, ratio)
+        for other in case
+        if other is not baseline and not ours(other) and (ratio := times_as_fast(row, other))
+    ]
+    _, peer, over_peer = min(peers, key=lambda found: found[0], default=(None, None, None))
+    return Comparison(row, times_as_fast(row, baseline) if baseline else None, peer, over_peer)
 
 
 def own_ratio(row: Row) -> Interval | None:
@@ -127,16 +138,22 @@ def own_ratio(row: Row) -> Interval | None:
     return Interval(row.ratio, row.ratio_p20 or row.ratio, row.ratio_p80 or row.ratio) if row.ratio else None
 
 
-def times_as_fast(row: Row, other: Row) -> Interval:
-    """How many times as fast as `other` a row is, both timed in one run.
+def times_as_fast(row: Row, other: Row) -> Interval | None:
+    """How many times as fast as `other` a row of the same case is; None where the two cannot be compared.
 
     The row's own ratio where `other` is its baseline: it was taken round by round. Otherwise that of the
-    medians, from the worst of the one to the best of the other at p20 and p80, which overstates the spread.
+    medians in one run, or of the ratios to the same baseline in two, from the worst of the one to the best of
+    the other, which overstates the spread.
     """
-    if row.baseline == other.contender and (ratio := own_ratio(row)):
-        return ratio
-    (p20, p80), (other_p20, other_p80) = spread(row), spread(other)
-    return Interval((other.median_us or 0.0) / (row.median_us or 1.0), other_p20 / p80, other_p80 / p20)
+    mine, its = own_ratio(row), own_ratio(other)
+    if row.baseline == other.contender and mine:
+        return mine
+    if row.run == other.run:
+        (p20, p80), (other_p20, other_p80) = spread(row), spread(other)
+        return Interval((other.median_us or 0.0) / (row.median_us or 1.0), other_p20 / p80, other_p80 / p20)
+    if mine and its and row.baseline == other.baseline:
+        return Interval(mine.median / its.median, mine.low / its.high, mine.high / its.low)
+    return None
 
 
 def sizes(shape: str) -> dict[str, int]:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
 from tyro.conf import Positional
 
 from fastgpt.benchmarks import results
@@ -39,13 +38,9 @@ def command(args: Sequence[str]) -> None:
         InputError: nothing to report or to compare, or an unreadable file.
         SystemExit: with status 1 where --fail-if-slower found something.
     """
-    given = tyro.cli(
-        ReportArgs,
-        args=list(args),
-        prog="fastgpt bench report",
-        description=ReportArgs.__doc__,
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
+    from fastgpt.cli import parse
+
+    given = parse(ReportArgs, args, "bench report")
     if given.against is None and (given.fail_if_slower or given.allow_different_machines):
         option = "--fail-if-slower" if given.fail_if_slower else "--allow-different-machines"
         raise InputError(f"{option} needs --against OLD, the results to compare with")

@@ -6,9 +6,10 @@ import functools
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, ParamSpec
 
-from fastgpt.benchmarks.comparison import OURS, Comparison, Interval, sizes, spread, timed
+from fastgpt.benchmarks.comparison import OURS, Comparison, Interval, family, ours, sizes, spread, timed
 from fastgpt.benchmarks.report.drawing import LIGHT, STYLE, TIMES, TO, Drawing
 from fastgpt.benchmarks.results import Row
 from fastgpt.chips import chip_named
@@ -18,14 +19,30 @@ MARKERS = {"triton": "o", "native": "s"}
 UNITS = (("s", 1e6), ("ms", 1e3), ("µs", 1.0))
 FIXED = {"triton": "c1", "native": "c2", "eager": "c3", "compile": "c4"}
 OTHERS = ("c5", "c6", "c7")
+VARIANTS: tuple[tuple[Any, float], ...] = (("-", 0.9), ((0, (4, 2)), 0.55), ((0, (1, 1.5)), 0.35))
 PRECISIONS = {"float32": ("fp32", "tf32"), "bfloat16": ("bf16",), "float16": ("fp16",)}
 
 
-def colors(rows: Iterable[Row]) -> dict[str, str]:
-    """A colour for each contender: ours, eager and compile have the same everywhere."""
-    others = [name for name in dict.fromkeys(row.contender for row in rows) if name not in FIXED]
-    assigned = {name: OTHERS[number % len(OTHERS)] for number, name in enumerate(others)}
-    return {name: LIGHT[variable] for name, variable in {**FIXED, **assigned}.items()}
+@dataclass(frozen=True)
+class Look:
+    color: str
+    marker: str
+    line: Any
+    alpha: float
+
+
+def looks(rows: Iterable[Row]) -> dict[str, Look]:
+    """How each contender is drawn: a colour for each family, a line and a shade for each of its members."""
+    found: dict[str, Look] = {}
+    members: dict[str, int] = {}
+    for name in dict.fromkeys(row.contender for row in rows):
+        number = members.setdefault(family(name), 0)
+        members[family(name)] += 1
+        others = [member for member in members if member not in FIXED]
+        variable = FIXED.get(family(name)) or OTHERS[others.index(family(name)) % len(OTHERS)]
+        line, alpha = VARIANTS[number % len(VARIANTS)]
+        found[name] = Look(LIGHT[variable], MARKERS.get(family(name), "D"), line, alpha)
+    return found
 
 
 P = ParamSpec("P")
@@ -124,7 +141,7 @@ def _plain_ticks(axes: Any, low: float, high: float) -> None:
 @styled
 def share_of_limit(rows: Sequence[Row]) -> Drawing | None:
     """How close our kernels come to the computed limit, for each operation, the farthest first."""
-    shown = [row for row in rows if timed(row) and row.limit_us and row.contender in OURS]
+    shown = [row for row in rows if timed(row) and row.limit_us and ours(row)]
     if not shown:
         return None
     shares = []
@@ -194,7 +211,7 @@ def roofline(rows: Sequence[Row]) -> Drawing | None:
         return None
     figure, axes = _axes(3.4)
     drawing = Drawing(figure)
-    others = [row for row in shown if row.contender not in OURS]
+    others = [row for row in shown if not ours(row)]
     groups = [("others", others, LIGHT["c3"], "D", 6)]
     groups += [
         (name, [row for row in shown if row.contender == name], LIGHT[FIXED[name]], MARKERS[name], 13)
@@ -228,7 +245,7 @@ def roofline(rows: Sequence[Row]) -> Drawing | None:
         axis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.minorticks_off()
     _roofs(axes, shown[0])
-    _names(axes, [row for row in shown if row.contender in OURS])
+    _names(axes, shown)
     figure.legend(loc="outside upper right", ncols=3, handletextpad=0.1, columnspacing=1.2)
     return drawing
 
@@ -252,7 +269,7 @@ def _roofs(axes: Any, row: Row) -> None:
         return
     left, right = axes.get_xlim()
     bottom, top = axes.get_ylim()
-    for number, precision in enumerate(PRECISIONS[row.dtype]):
+    for number, precision in enumerate(PRECISIONS.get(row.dtype, ())):
         peak = chip.peak(precision)
         if peak is None:
             continue
@@ -276,7 +293,7 @@ def _roofs(axes: Any, row: Row) -> None:
 def _names(axes: Any, rows: Sequence[Row]) -> None:
     """An operation's name beside its fastest dot, where it covers no other dot or name."""
     fastest: dict[str, Row] = {}
-    for row in sorted(rows, key=lambda row: _teraflops(row, row.median_us)):
+    for row in sorted(filter(ours, rows), key=lambda row: _teraflops(row, row.median_us)):
         fastest[row.operation] = row
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
 
@@ -315,7 +332,7 @@ def by_batch(rows: Sequence[Row], value: Callable[[Row], float | None], unit: st
     full = [row for row in rows if row.status == "oom" and "B" in sizes(row.shape)]
     figure, axes = _axes(2.7)
     drawing = Drawing(figure)
-    palette = colors(rows)
+    drawn_as = looks(rows)
     batches = sorted({sizes(row.shape)["B"] for row in [*shown, *full]})
     contenders = list(dict.fromkeys(row.contender for row in shown))
     for contender in contenders:
@@ -324,38 +341,36 @@ def by_batch(rows: Sequence[Row], value: Callable[[Row], float | None], unit: st
         )
         x = [batches.index(sizes(row.shape)["B"]) for row in chosen]
         y = [value(row) or 0.0 for row in chosen]
-        color = palette[contender]
-        axes.plot(x, y, color=color, linewidth=1.4)
-        group = f"line-{contender}"
-        marker = MARKERS.get(contender, "D")
-        axes.scatter(
-            x, y, color=color, s=16, marker=marker, label=contender, gid=group, zorder=3, linewidth=0
-        )
+        look, group = drawn_as[contender], f"line-{contender}"
+        color, marker, line = look.color, look.marker, look.line
+        axes.plot(x, y, color=color, linewidth=1.4, linestyle=line)
+        axes.scatter(x, y, color=color, s=16, marker=marker, gid=group, zorder=3, linewidth=0)
+        axes.plot([], [], color=color, marker=marker, markersize=4, linestyle=line, label=contender)
         drawing.tooltips[group] = [
             f"{describe(row)}\n{at:,.4g} {unit}" for row, at in zip(chosen, y, strict=True)
         ]
-    _crosses(drawing, axes, full, batches, palette)
+    _crosses(drawing, axes, full, batches, drawn_as)
     axes.set_xticks(range(len(batches)), [str(batch) for batch in batches])
     axes.set_xlim(-0.3, len(batches) - 0.7)
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(short)
     axes.set(xlabel="micro-batch B", ylabel=unit)
     axes.grid(axis="x", visible=False)
-    figure.legend(loc="outside upper left", ncols=3, handletextpad=0.1, columnspacing=1.2)
+    figure.legend(loc="outside upper left", ncols=3, handlelength=2.4, columnspacing=1.2)
     return drawing
 
 
 def _crosses(
-    drawing: Drawing, axes: Any, full: Sequence[Row], batches: list[int], palette: dict[str, str]
+    drawing: Drawing, axes: Any, full: Sequence[Row], batches: list[int], drawn_as: dict[str, Look]
 ) -> None:
     """Out of memory, on the axis at the batch that did not fit."""
     for number, row in enumerate(full):
         group = f"oom-{number}"
         axes.scatter(
             [batches.index(sizes(row.shape)["B"])],
-            [0.04 + 0.07 * list(palette).index(row.contender)],
+            [0.04 + 0.07 * list(drawn_as).index(row.contender)],
             transform=axes.get_xaxis_transform(),
-            color=palette[row.contender],
+            color=drawn_as[row.contender].color,
             marker="x",
             s=18,
             gid=group,
@@ -383,7 +398,7 @@ def waterfall(rows: Sequence[Row]) -> Drawing | None:
             axes.vlines(before, number - 1, number, color=LIGHT["muted"], linewidth=0.8)
         p20, p80 = spread(row)
         axes.hlines(number, p20 / 1e3, p80 / 1e3, color=LIGHT["ink"], linewidth=1.2)
-        gain = f"  {before / time:.2f}{TIMES}" if number else ""
+        gain = f", {before / time:.2f}{TIMES}" if number else ""
         label = f"{microseconds(row.median_us)}{gain}"
         axes.annotate(
             label,
@@ -433,7 +448,7 @@ def generation(rows: Sequence[Row]) -> Drawing | None:
     shapes = list(dict.fromkeys(row.shape for row in shown))
     shown.sort(key=lambda row: (shapes.index(row.shape), -(row.tokens_per_s or 0.0)))
     figure, axes = _axes(0.7 + 0.27 * len(shown) + 0.27 * len(shapes))
-    palette, y, place, previous = colors(rows), [], 0.0, ""
+    drawn_as, y, place, previous = looks(rows), [], 0.0, ""
     for row in shown:
         place += 1.0 if row.shape == previous or not previous else 2.0
         if row.shape != previous:
@@ -442,7 +457,8 @@ def generation(rows: Sequence[Row]) -> Drawing | None:
         previous = row.shape
         speed, (p20, p80) = row.tokens_per_s or 0.0, spread(row)
         median = row.median_us or 1.0
-        axes.barh(place, speed, height=0.66, color=palette[row.contender], alpha=0.85)
+        look = drawn_as[row.contender]
+        axes.barh(place, speed, height=0.66, color=look.color, alpha=look.alpha)
         axes.hlines(place, speed * median / p80, speed * median / p20, color=LIGHT["ink"], linewidth=1.2)
         axes.text(speed * median / p20, place, f"  {short(speed)}", va="center", fontsize=7.5)
     axes.set_yticks(y, [f"{row.operation} {row.contender}" for row in shown])

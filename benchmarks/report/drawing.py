@@ -31,7 +31,7 @@ THEME = {
     "c7": ("#b03a78", "#ee86b7"),
 }
 LIGHT = {name: colors[0] for name, colors in THEME.items()}
-STYLE: dict[str, Any] = {
+STYLE: Any = {  # keys of matplotlib's rcParams
     "font.size": 8,
     "svg.fonttype": "none",  # text stays text: it can be searched, read aloud, and takes the page's font
     "figure.facecolor": "none",
@@ -71,8 +71,9 @@ class Drawing:
         """As an element to put into a page that has no other of that name. `label` is read aloud for it."""
         import matplotlib
 
-        buffer = io.BytesIO()
-        with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
+        buffer, style = io.BytesIO(), dict(STYLE)
+        style["svg.hashsalt"] = name
+        with matplotlib.rc_context(style):
             self.figure.savefig(buffer, format="svg", metadata={"Date": None})
         root = ET.fromstring(buffer.getvalue())
         for group, texts in self.tooltips.items():

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastgpt.benchmarks.comparison import OURS, Comparison, Machine, compare, latest, machine
+from fastgpt.benchmarks.comparison import OURS, Comparison, Machine, Verdict, compare, latest, machine
 from fastgpt.benchmarks.report.drawing import theme
 from fastgpt.benchmarks.report.sections import KINDS, RIVALS, Section, sections, slug
 from fastgpt.benchmarks.results import Row
@@ -22,13 +22,19 @@ class Part:
     name: str
     title: str
     environment: list[tuple[str, str]]
-    scores: list[tuple[str, Counter[str]]]
+    scores: list[tuple[str, Counter[Verdict]]]
     sections: list[Section]
 
 
 def _part(place: Machine, rows: Sequence[Row]) -> Part:
     name = slug(f"{place.name} {place.device} {place.threads or ''}")
-    return Part(name, str(place), _environment(rows), _scores(compare(rows)), sections(name, rows))
+    return Part(
+        name,
+        str(place),
+        _environment(rows),
+        _scores([comparison for comparison in compare(rows) if comparison.row.suite == "ops"]),
+        sections(name, rows),
+    )
 
 
 def _environment(rows: Sequence[Row]) -> list[tuple[str, str]]:
@@ -45,7 +51,7 @@ def _environment(rows: Sequence[Row]) -> list[tuple[str, str]]:
     return [(name.replace("_", " "), found) for name in names if (found := values(name))] + when
 
 
-def _scores(comparisons: Sequence[Comparison]) -> list[tuple[str, Counter[str]]]:
+def _scores(comparisons: Sequence[Comparison]) -> list[tuple[str, Counter[Verdict]]]:
     """How many of our timings are slower, level and faster: measured ones, or computed ones said to be so."""
     found = []
     for kind in KINDS:

@@ -17,7 +17,7 @@ KINDS: tuple[Kind, ...] = ("measured", "computed")
 Ratio = Callable[[Comparison], Interval | None]
 # What ours are compared with: a name for files, words, and the ratio.
 RIVALS: tuple[tuple[str, str, Ratio], ...] = (
-    ("eager", "eager", lambda comparison: comparison.eager),
+    ("eager", "eager", lambda comparison: comparison.over_baseline),
     ("peer", "the best peer", lambda comparison: comparison.over_peer),
 )
 CASE = (tables.OPERATION, tables.DIRECTION, tables.DTYPE, tables.SHAPE, tables.CONTENDER)
@@ -81,7 +81,7 @@ def _losing(prefix: str, comparisons: Sequence[Comparison]) -> Section:
         return Section(f"{prefix}-losing", title, text)
     columns = [
         *tables.of_row(*CASE, tables.TIME),
-        Column("vs eager", tables.ratio(lambda comparison: comparison.eager), numeric=True),
+        Column("vs baseline", tables.ratio(lambda comparison: comparison.over_baseline), numeric=True),
         Column("vs best peer", tables.ratio(lambda comparison: comparison.over_peer), numeric=True),
         Column(
             "that peer", tables.text(lambda comparison: comparison.peer.contender if comparison.peer else "")
@@ -89,8 +89,8 @@ def _losing(prefix: str, comparisons: Sequence[Comparison]) -> Section:
         *tables.of_row(tables.KIND),
     ]
     text = (
-        "Slower than eager PyTorch, or than the best peer (the fastest contender that is neither eager nor "
-        "ours), by more than the spread from p20 to p80. The worst is first."
+        "Slower than the baseline, which is eager PyTorch, or than the best peer (the fastest of the others "
+        "that are not ours), by more than the spread from p20 to p80. The worst is first."
     )
     return Section(f"{prefix}-losing", title, text, (), Table("Kernels that lose", columns, losers))
 
@@ -158,17 +158,17 @@ def _limits(prefix: str, ops: Sequence[Row]) -> Section:
 
 
 def _steps(prefix: str, steps: Sequence[Row]) -> Section | None:
-    """Tokens a second and memory over the micro-batch, in one chart for each preset, dtype and length."""
+    """Tokens a second and memory over the micro-batch, in one chart for each preset and length."""
 
-    def chart_of(row: Row) -> tuple[str, str, int | None]:
-        return row.operation, row.dtype, sizes(row.shape).get("T")
+    def chart_of(row: Row) -> tuple[str, int | None]:
+        return row.operation, sizes(row.shape).get("T")
 
     shown = [row for row in steps if timed(row)]
     drawn: list[Chart] = []
     for kind, key in dict.fromkeys((row.kind, chart_of(row)) for row in shown):
         chosen = [row for row in steps if chart_of(row) == key and (row.kind == kind or row.status == "oom")]
         full = any(row.status == "oom" for row in chosen)
-        title = ", ".join([key[0], key[1], *([f"T={key[2]}"] if key[2] else [])])
+        title = key[0] + (f", T={key[1]}" if key[1] else "")
         for what, unit, value in (
             ("tokens", "tokens/s", lambda row: row.tokens_per_s),
             ("memory", "GiB at the peak", lambda row: (row.peak_memory_bytes or 0) / 2**30),
@@ -204,16 +204,8 @@ def _ladder(prefix: str, rungs: Sequence[Row]) -> Section | None:
         drawn.append((name, f"The ladder, {shape}", (kind,), charts.waterfall(chosen), caption))
     columns = [
         Column("rung", tables.OPERATION.cell),
-        *(
-            tables.DTYPE,
-            tables.SHAPE,
-            tables.CONTENDER,
-            tables.TIME,
-            tables.TOKENS,
-            tables.RATIO,
-            tables.MEMORY,
-        ),
-        *(tables.LOSS, tables.NOTE, tables.KIND),
+        *(tables.DTYPE, tables.SHAPE, tables.TIME, tables.TOKENS, tables.RATIO, tables.MFU, tables.MEMORY),
+        *(tables.COMPILE, tables.LOSS, tables.NOTE, tables.KIND),
     ]
     text = (
         "One change at a time. A bar reaches from a rung's time back to that of the rung before, so that on "
