@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastgpt import ops
-from fastgpt.benchmarks.cases import VOCAB, Workload
+from fastgpt.benchmarks.cases import PADDING, Workload
 from fastgpt.ops.registry import AUTO
 
 EAGER = "eager"
@@ -126,7 +126,7 @@ def _flash_attn(qkv: Tensor) -> Tensor:
     return importlib.import_module("flash_attn").flash_attn_qkvpacked_func(qkv, causal=True)
 
 
-def _torch_adamw(**how: bool) -> Callable[..., Any]:
+def _torch_adamw(**how: Any) -> Callable[..., Any]:
     from torch.optim.adamw import adamw
 
     def run(
@@ -160,7 +160,7 @@ def _torch_grad_norm(grads: list[Tensor]) -> Tensor:
 
 
 def _torch_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(logits[..., :VOCAB].flatten(0, -2), targets.flatten())
+    return F.cross_entropy(logits[..., :-PADDING].flatten(0, -2), targets.flatten())
 
 
 def _liger(name: str) -> Callable[..., Any]:
@@ -168,13 +168,13 @@ def _liger(name: str) -> Callable[..., Any]:
 
 
 def _liger_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    rows = logits[..., :VOCAB].flatten(0, -2).clone()
+    rows = logits[..., :-PADDING].flatten(0, -2).clone()
     return _liger("liger_cross_entropy")(rows, targets.flatten())
 
 
 def _liger_linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     loss = _liger("liger_fused_linear_cross_entropy")
-    return loss(x.flatten(0, -2), weight[:VOCAB], targets.flatten())
+    return loss(x.flatten(0, -2), weight[:-PADDING], targets.flatten())
 
 
 def _apex(name: str) -> Callable[..., Any]:

@@ -124,6 +124,8 @@ def run_ops(given: OpsArgs) -> Path:
     if device.type not in GUESS:
         raise InputError(f"device {given.device!r}: operations are timed on cuda and cpu")
     cases = list(cases_of(given, device))
+    names = {c.name for w in WORKLOADS.values() for c in contenders_of(w, device, torch.float32)}
+    _chosen("contenders", given.contenders, tuple(sorted(names)))
     with working(device, given.threads):
         suite = _Suite(given, device)
         print(
@@ -158,7 +160,11 @@ def cases_of(given: OpsArgs, device: torch.device) -> Iterator[Case]:
                     if direction in wanted or not workload.differentiable:
                         ranked.append(((s + t + d, i), Case(workload, DTYPES[dtype], sizes, direction)))
     ranked.sort(key=lambda item: item[0])
-    yield from {str(case): case for _, case in ranked}.values()
+    seen: set[str] = set()
+    for _, case in ranked:
+        if str(case) not in seen:
+            seen.add(str(case))
+            yield case
 
 
 def _chosen(name: str, given: Sequence[str], allowed: tuple[str, ...]) -> tuple[str, ...]:
@@ -353,7 +359,9 @@ def limit_us(device_name: str, dtype: torch.dtype, flops: int, moved: int) -> fl
 def calls_of(case: Case, function: Any, device: torch.device) -> list[Call]:
     """The calls that are timed: the same on each of several copies of the inputs."""
     inputs = inputs_for(case.workload, case.sizes, case.dtype, device)
-    cotangents = cotangents_for(case.workload, inputs, case.dtype) if case.direction != "forward" else []
+    cotangents: list[Tensor] = []
+    if case.direction != "forward":
+        cotangents = cotangents_for(case.workload, inputs, case.dtype, case.sizes.rows)
     size = sum(x.numel() * x.element_size() for x in tensors_of(inputs))
     count = max(1, min(COPIES, COPIES_BYTES[device.type] // max(size, 1)))
     gradients = case.direction != "forward"

@@ -7,6 +7,7 @@ same on copies of the inputs, which take turns. They must have been checked for 
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import itertools
 import math
@@ -130,7 +131,7 @@ def measure(
     stopwatch = _CudaStopwatch(device) if device.type == "cuda" else _Stopwatch(clock)
     lanes = {name: _Lane(_as_list(calls), stopwatch, name) for name, calls in contenders.items()}
     for lane in lanes.values():
-        lane.attempt(lambda lane=lane: lane.prepare(warmup_s, clock, device if memory else None))
+        lane.attempt(functools.partial(lane.prepare, warmup_s, clock, device if memory else None))
     if control and lanes[baseline].failure is None:
         lanes[CONTROL] = lanes[baseline].again()
     order = list(lanes.values())

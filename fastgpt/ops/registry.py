@@ -130,10 +130,13 @@ def automatic(operation: str, device: torch.device, cls: str | None) -> str:
     return choices.EAGER
 
 
-@torch.compiler.assume_constant_result
 def automatic_compiled(operation: str, device: torch.device) -> str:
     """`automatic` for `torch.compile`, which calls this when it traces instead of tracing it."""
     return automatic(operation, device, None)
+
+
+# What torch.compiler.assume_constant_result does, without importing the whole compiler, which takes seconds.
+automatic_compiled._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class use:
