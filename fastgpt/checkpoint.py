@@ -71,7 +71,7 @@ def save(
     Raises:
         InputError: it could not be written (a full disk, for one); earlier checkpoints are untouched.
     """
-    final = run / FOLDER / f"{_PREFIX}{state['step']:06d}"
+    final = path_of(run, state["step"])
     if final.exists():
         return final  # complete, and training is deterministic: it holds the same bits
     unfinished = final.with_name(_UNFINISHED + final.name)
@@ -93,6 +93,11 @@ def save(
         raise InputError(f"could not write the checkpoint {final}: {error}. {survivor}") from error
     _prune(run)
     return final
+
+
+def path_of(run: Path, step: int) -> Path:
+    """The folder that the checkpoint of that step has, or would have."""
+    return run / FOLDER / f"{_PREFIX}{step:06d}"
 
 
 def _write_sums(folder: Path) -> None:

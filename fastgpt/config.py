@@ -120,6 +120,8 @@ class TrainConfig:
     """Run the network through torch.compile."""
     seed: int = 1337
     """Seeds initial weights, dropout and the order of the data."""
+    timeout_minutes: float = 10.0
+    """Under torchrun, how long a process waits for the others before it stops."""
 
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
@@ -146,7 +148,8 @@ class TrainConfig:
         for name in ("val_fraction", "min_lr_fraction", "decay_fraction"):
             _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "between 0 and 1")
         _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "greater than 0")
-        _require(self.eps > 0, "eps", self.eps, "greater than 0")
+        for name in ("eps", "timeout_minutes"):
+            _require(getattr(self, name) > 0, name, getattr(self, name), "greater than 0")
         _require(
             all(0 <= beta < 1 for beta in self.betas), "betas", self.betas, "each at least 0, less than 1"
         )

@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,8 +58,15 @@ class Precision:
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.name)
         return torch.autocast(self.device.type, dtype) if dtype else contextlib.nullcontext()
 
-    def scaler(self) -> torch.amp.GradScaler:
-        """fp16 gradients underflow, so the loss is scaled up; elsewhere this does nothing."""
+    def scaler(self, *, shared: bool = False) -> torch.amp.GradScaler:
+        """fp16 gradients underflow, so the loss is scaled up; elsewhere this does nothing.
+
+        Of a `shared` one all ranks skip the step in which a gradient of any of them overflowed.
+        """
+        if shared:
+            from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+
+            return ShardedGradScaler(self.device.type, enabled=self.name == "fp16")
         return torch.amp.GradScaler(self.device.type, enabled=self.name == "fp16")
 
     def peak_flops(self) -> float | None:
@@ -92,6 +102,11 @@ def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
     return state
 
 
+def rank_seed(seed: int, rank: int) -> int:
+    """A seed for what ranks draw each for itself, such as dropout; for rank 0 `seed` itself."""
+    return seed + (rank << 32)
+
+
 def set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
     """Undo whatever was drawn since `rng_state`; a state of another device type is left out."""
     torch.set_rng_state(state["cpu"])
@@ -99,6 +114,27 @@ def set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
         torch.cuda.set_rng_state(state["cuda"], device)
     elif device.type == "mps" and "mps" in state:
         torch.mps.set_rng_state(state["mps"])
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """Yields whether Ctrl-C or SIGTERM came; the second Ctrl-C stops at once."""
+    received: list[int] = []
+
+    def note(signum: int, _: object) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(signum)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False  # only the main thread may handle signals
+        return
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def git_revision() -> str | None:

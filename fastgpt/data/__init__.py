@@ -2,7 +2,7 @@
 
 from fastgpt.data.cache import DownloadError, download
 from fastgpt.data.corpora import CORPORA, Corpus, Document, open_corpus
-from fastgpt.data.loader import Loader, ValidationSet, permute
+from fastgpt.data.loader import IGNORE_INDEX, Batch, Loader, ValidationSet, permute
 from fastgpt.data.prepare import prepare, prepared
 from fastgpt.data.shards import ShardWriter, TokenDataset, find_shards, is_token_folder, read_shard
 from fastgpt.data.tokenizers import (
@@ -20,8 +20,10 @@ from fastgpt.data.tokenizers import (
 
 __all__ = [
     "CORPORA",
+    "IGNORE_INDEX",
     "TOKENIZERS",
     "TOKENIZER_FILE",
+    "Batch",
     "ByteTokenizer",
     "CharTokenizer",
     "Corpus",
