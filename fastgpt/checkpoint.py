@@ -212,23 +212,35 @@ def _offer_another(path: Path) -> str:
     return "There is no other intact checkpoint in this run."
 
 
+def model_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The weights by name; in fp32 where the optimizer keeps masters of what the model has rounded."""
+    masters = {name: optimizer.state.get(p, {}).get("master", p) for name, p in model.named_parameters()}
+    return {name: masters.get(name, value).detach().float() for name, value in model.state_dict().items()}
+
+
 def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state by parameter name: `transformer.wte.weight:exp_avg`, ..."""
+    """The optimizer's state by parameter name, `transformer.wte.weight:exp_avg`, ..., less the masters."""
     return {
         f"{name}:{key}": value
         for name, p in model.named_parameters()
         for key, value in optimizer.state.get(p, {}).items()
+        if key != "master"
     }
 
 
 def load_optimizer_tensors(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    tensors: dict[str, Tensor],
+    weights: dict[str, Tensor],
 ) -> None:
-    """Put back what `optimizer_tensors` took out."""
+    """Put back what `optimizer_tensors` took out, and `weights` as masters where the model's are rounded."""
+    rounded = [name for name, p in model.named_parameters() if p.dtype != torch.float32]
+    masters = {f"{name}:master": weights[name] for name in rounded if f"{name}:step" in tensors}
     names = {p: name for name, p in model.named_parameters()}
     order = [names[p] for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
-    for full_name, value in tensors.items():
+    for full_name, value in {**tensors, **masters}.items():
         name, key = full_name.rsplit(":", 1)
         state.setdefault(order.index(name), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

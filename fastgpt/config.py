@@ -59,6 +59,8 @@ class GPTConfig:
 
 TokenizerName = Literal["char", "byte", "gpt2"]
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
+Weights = Literal["fp32", "bf16"]
+Recompute = Literal["none", "gelu", "block"]
 Schedule = Literal["cosine", "linear", "constant", "wsd"]
 
 
@@ -116,6 +118,11 @@ class TrainConfig:
     precision: Precision = "auto"
     """fp32, tf32 (fp32 with TensorFloat-32 matmuls), bf16 or fp16 (autocast; fp16 with a gradient scaler).
     auto is bf16 on GPUs that have it and fp32 elsewhere."""
+    weights: Weights = "fp32"
+    """What the network holds: fp32, cast by autocast in each step, or bf16, with the optimizer updating fp32
+    master weights that checkpoints keep."""
+    recompute: Recompute = "none"
+    """What backward computes again instead of keeping it: nothing, the outputs of GELU, or whole blocks."""
     compile: bool = False
     """Run the network through torch.compile."""
     seed: int = 1337
@@ -153,9 +160,19 @@ class TrainConfig:
         _require(
             all(0 <= beta < 1 for beta in self.betas), "betas", self.betas, "each at least 0, less than 1"
         )
-        choices = {"precision": Precision, "schedule": Schedule, "tokenizer": TokenizerName}
+        choices = {
+            "precision": Precision,
+            "weights": Weights,
+            "recompute": Recompute,
+            "schedule": Schedule,
+            "tokenizer": TokenizerName,
+        }
         for name, allowed in choices.items():
             _require(getattr(self, name) in get_args(allowed), name, getattr(self, name), get_args(allowed))
+        if self.weights == "bf16":
+            _require(self.precision in ("auto", "bf16"), "precision", self.precision, "bf16, as weights is")
+        if self.recompute == "gelu":
+            _require(self.model.activation != "relu", "recompute", "gelu", "none or block, with relu")
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2, default=str) + "\n"

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fastgpt import ops
-from fastgpt.config import GPTConfig
+from fastgpt.config import GPTConfig, Recompute
 from fastgpt.errors import InputError
 
 INIT_STD = 0.02
+_REPLAY_NOTHING: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
 
 
 class KVCache:
@@ -87,16 +89,25 @@ class MLP(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.activation = config.activation
+        self.recompute = False
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self._gelu_and_project, self.c_fc(x), **_REPLAY_NOTHING)
         if self.activation == "relu":
             h = F.relu(self.c_fc(x))  # (B, T, 4C)
         else:
-            approximate = "tanh" if self.activation == "gelu_tanh" else "none"
-            h = ops.linear_gelu(x, self.c_fc.weight, self.c_fc.bias, approximate=approximate)
+            h = ops.linear_gelu(x, self.c_fc.weight, self.c_fc.bias, approximate=self._approximate)
         return self.c_proj(h)
+
+    @property
+    def _approximate(self) -> str:
+        return "tanh" if self.activation == "gelu_tanh" else "none"
+
+    def _gelu_and_project(self, h: Tensor) -> Tensor:
+        return self.c_proj(ops.gelu(h, approximate=self._approximate))
 
 
 class Block(nn.Module):
@@ -146,6 +157,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.transformer = Transformer(config)
+        self.recompute_blocks = False
         self._init_weights()
 
     def _init_weights(self) -> None:
@@ -157,6 +169,18 @@ class GPT(nn.Module):
                 nn.init.normal_(p, std=INIT_STD)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
+
+    def recompute(self, what: Recompute) -> None:
+        """What backward is to compute again instead of keeping it, from here on.
+
+        `gelu`: the outputs of GELU, 4C a token and layer, which the projection after it reads again in
+        backward; its inputs are kept in their place, so linear and GELU are then two operations. `block`:
+        everything but the 2C a token and layer that a block starts from, for a second forward pass.
+        """
+        self.recompute_blocks = what == "block"
+        for module in self.modules():
+            if isinstance(module, MLP):
+                module.recompute = what == "gelu"
 
     @property
     def token_embedding(self) -> Tensor:
@@ -179,7 +203,11 @@ class GPT(nn.Module):
         x = F.dropout(x, dropout)  # (B, T, C)
         branch: Tensor | None = None
         for block in self.transformer.h:
-            branch, x = block(branch, x, cache)
+            if self.recompute_blocks and torch.is_grad_enabled():
+                options = {**_REPLAY_NOTHING, "preserve_rng_state": dropout > 0}
+                branch, x = checkpoint(block, branch, x, cache, **options)
+            else:
+                branch, x = block(branch, x, cache)
         assert branch is not None  # n_layer >= 1
         if cache is not None:
             cache.length += idx.size(1)

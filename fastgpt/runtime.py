@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import platform
 import signal
@@ -49,14 +50,18 @@ def resolve_device(name: str) -> torch.device:
 
 @dataclass(frozen=True)
 class Precision:
-    """How a training step computes. `name` is fp32, tf32, bf16 or fp16."""
+    """How a training step computes. `name` is fp32, tf32, bf16 or fp16, `weights` fp32 or bf16."""
 
     name: str
     device: torch.device
+    weights: str = "fp32"
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """What casts fp32 weights and activations in each step."""
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.name)
-        return torch.autocast(self.device.type, dtype) if dtype else contextlib.nullcontext()
+        if dtype is None or self.weights == "bf16":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype)
 
     def scaler(self, *, shared: bool = False) -> torch.amp.GradScaler:
         """fp16 gradients underflow, so the loss is scaled up; elsewhere this does nothing.
@@ -75,21 +80,23 @@ class Precision:
         return peak_flops(torch.cuda.get_device_name(self.device), self.name)
 
 
-def resolve_precision(name: str, device: torch.device) -> Precision:
+def resolve_precision(name: str, device: torch.device, weights: str = "fp32") -> Precision:
     """The precision of that name on `device`, with the TF32 switch set to match.
+
+    `auto` is the dtype of bf16 `weights`, else bf16 on a GPU that has it and fp32 elsewhere.
 
     Raises:
         InputError: the device does not have it.
     """
     has_bf16 = device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_bf16_supported())
     if name == "auto":
-        name = "bf16" if device.type == "cuda" and has_bf16 else "fp32"
+        name = "bf16" if weights == "bf16" or (device.type == "cuda" and has_bf16) else "fp32"
     if name == "tf32" and device.type != "cuda":
         raise InputError("precision tf32 needs an NVIDIA GPU: use fp32 or bf16")
     if name == "bf16" and not has_bf16:
         raise InputError(f"precision bf16 is not supported on this {device.type} device: use fp16 or fp32")
     torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
-    return Precision(name, device)
+    return Precision(name, device, weights)
 
 
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
@@ -135,6 +142,25 @@ def interruptible() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """Python collects cycles only where the block calls `gc.collect()`, and never what was there before.
+
+    A collection at a moment of its own choosing would hold up one rank, and with it all the others.
+    """
+    if not gc.isenabled():
+        yield
+        return
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
 
 
 def git_revision() -> str | None:

@@ -9,23 +9,23 @@ every rank has a Trainer and calls its methods in the same order.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import math
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fastgpt import checkpoint, distributed, runtime
 from fastgpt.config import GPTConfig, TrainConfig
 from fastgpt.data import (
-    IGNORE_INDEX,
     Batch,
     DownloadError,
     Loader,
+    Prefetcher,
     TokenDataset,
     Tokenizer,
     ValidationSet,
@@ -37,7 +37,7 @@ from fastgpt.evaluate import validation_loss
 from fastgpt.generate import encode_prompt, sample_text
 from fastgpt.metrics import MetricsLog, Silent, announce, plot_losses, step_row, write_record
 from fastgpt.model import GPT
-from fastgpt.optim import adamw
+from fastgpt.optim import adamw, update
 from fastgpt.pretrained import Pretrained, load_weights, read_pretrained
 from fastgpt.schedule import learning_rate
 
@@ -61,8 +61,9 @@ class Trainer:
         self.config, self.data, self.out_dir = config, data, out_dir
         self.world = world or World(runtime.resolve_device(config.device))
         self.device = self.world.device
-        self.precision = runtime.resolve_precision(config.precision, self.device)
-        self.model = model.to(self.device)
+        self.precision = runtime.resolve_precision(config.precision, self.device, config.weights)
+        self.model = model.to(self.device, torch.bfloat16 if config.weights == "bf16" else torch.float32)
+        self.model.recompute(config.recompute)
         self.parallel = distributed.replicated(self.model, self.world)
         self.network: Callable[..., Any] = torch.compile(self.parallel) if config.compile else self.parallel
         self.optimizer = adamw(self.model, config)
@@ -76,6 +77,7 @@ class Trainer:
             vocab_size=vocab_size,
             names=data.names["train"],
         )
+        self.prefetch = Prefetcher(self._micro_batches, self.device)
         limit = None if config.eval_tokens is None else max(1, config.eval_tokens // block_size)
         self.validation = ValidationSet(
             data.val, block_size, max_windows=limit, vocab_size=vocab_size, names=data.names["val"]
@@ -99,39 +101,26 @@ class Trainer:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.steps_done, self.config)
-        micro_batches = self._micro_batches()
-        counted = sum(int((targets != IGNORE_INDEX).sum()) for _, targets in micro_batches)
-        tokens = self.world.mean(torch.full((), float(counted), device=self.device))
+        batches = self.prefetch(self.steps_done)
+        tokens = self.world.mean(torch.full((), float(batches.counted), device=self.device))
         loss = torch.zeros((), device=self.device)
-        for number, (x, y) in enumerate(micro_batches, 1):
-            with distributed.accumulating(self.parallel, last=number == len(micro_batches)):
+        for number, (x, y) in enumerate(batches.micro_batches, 1):
+            with distributed.accumulating(self.parallel, last=number == len(batches.micro_batches)):
                 with self.precision.autocast():
-                    _, summed = self.network(
-                        self._to_device(x), self._to_device(y), reduction="sum", return_logits=False
-                    )
+                    _, summed = self.network(x, y, reduction="sum", return_logits=False)
                 self.scaler.scale(summed / tokens).backward()
             loss += summed.detach() / tokens
         self.world.mean(loss)
-        self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip or math.inf)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        norm = update(self.optimizer, self.scaler, self.config.grad_clip)
         self.steps_done += 1
         self.val_loss = self._sample = None
         self._unchecked.append((self.steps_done, loss, norm))
         return loss, norm
 
-    def _micro_batches(self) -> list[Batch]:
-        """This rank's rows of the next step."""
+    def _micro_batches(self, step: int) -> list[Batch]:
+        """This rank's rows of a step."""
         rows = self.config.micro_batch_size or self.config.batch_size
-        return self.loader.micro_batches(self.steps_done, rows, self.world.rank, self.world.size)
-
-    def _to_device(self, array: np.ndarray) -> Tensor:
-        tensor = torch.from_numpy(array)
-        if self.device.type == "cuda":
-            return tensor.pin_memory().to(self.device, non_blocking=True)
-        return tensor.to(self.device)
+        return self.loader.micro_batches(step, rows, self.world.rank, self.world.size)
 
     def check_finite(self) -> None:
         """Look at the losses and gradients since the last look; one transfer for all of them.
@@ -197,7 +186,7 @@ class Trainer:
             config=self.model.config,
             tokenizer=self.data.tokenizer,
             state=state,
-            model=self.model.state_dict(),
+            model=checkpoint.model_tensors(self.model, self.optimizer),
             training={**checkpoint.optimizer_tensors(self.model, self.optimizer), **generators},
         )
 
@@ -218,7 +207,7 @@ class Trainer:
         self.model.load_state_dict(saved.model)
         training = saved.training()
         generators = {name: training.pop(name) for name in list(training) if name.startswith("rng:")}
-        checkpoint.load_optimizer_tensors(self.model, self.optimizer, training)
+        checkpoint.load_optimizer_tensors(self.model, self.optimizer, training, saved.model)
         self.scaler.load_state_dict(saved.state["scaler"])
         self.steps_done = saved.state["step"]
         self.seconds = saved.state["seconds"]
@@ -248,7 +237,7 @@ class Trainer:
         self._since = (time.perf_counter(), self.steps_done)
         stop = distributed.Vote(self.world)
         try:
-            with runtime.interruptible() as interrupted:
+            with runtime.interruptible() as interrupted, runtime.no_garbage_collection():
                 while self.steps_done < config.max_steps and not stop(interrupted()):
                     loss, norm = self.step()
                     log.advance()
@@ -277,6 +266,8 @@ class Trainer:
             self.save()
         if self.val_loss is not None and self.config.sample_tokens:
             log.sample(self.sample(), self.steps_done)
+        if self._due(self.config.eval_every, self.config.checkpoint_every):
+            gc.collect()
         self._since = (time.perf_counter(), self.steps_done)
 
     def sample(self) -> str:

@@ -13,6 +13,8 @@ import torch
 from fastgpt import checkpoint
 from fastgpt.config import TrainConfig
 from fastgpt.metrics import KEYS, read_metrics
+from fastgpt.model import GPT
+from fastgpt.train import Trainer, open_data
 
 
 def last(run: Path) -> checkpoint.Checkpoint:
@@ -61,3 +63,12 @@ def wait_for_checkpoint(run: Path, process: subprocess.Popen[str]) -> None:
         assert time.monotonic() < deadline
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
+
+
+def start(config: TrainConfig) -> Trainer:
+    """A trainer at step 0, as `train` makes it."""
+    data, config = open_data(config, None)
+    torch.manual_seed(config.seed)
+    assert config.out_dir is not None
+    config.out_dir.mkdir(exist_ok=True)
+    return Trainer(config, config.out_dir, data, GPT(config.model))

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ranks import each_rank, free_port, outcomes
+from ranks import each_rank, outcomes
 from runs import assert_same_state, command, last, logged, wait_for_checkpoint
 
 from fastgpt import runtime
@@ -51,11 +51,11 @@ def trained(config: TrainConfig) -> tuple[dict[str, np.ndarray], list[int]]:
     seen: list[int] = []
     original = Trainer._micro_batches
 
-    def uneven(self: Trainer) -> list[Batch]:
+    def uneven(self: Trainer, step: int) -> list[Batch]:
         """Ranks and micro-batches that count different numbers of tokens."""
-        batches = original(self)
+        batches = original(self, step)
         for x, y in batches:
-            if self.steps_done == 0:
+            if step == 0:
                 seen.extend(hash(row.tobytes()) for row in x)
             y[x % 3 == 0] = -100
         return batches
@@ -77,7 +77,10 @@ def test_ranks_train_as_one_process_does(tiny: Tiny, tmp_path: Path, size: int) 
     for own, _ in ranks:
         for name, weight in own.items():
             assert np.array_equal(weight, ranks[0][0][name]), name
-            np.testing.assert_allclose(weight, weights[name], rtol=1e-4, atol=1e-6)
+            expected = weights[name]
+            if name.endswith("c_attn.bias"):  # whose middle, of the keys, has gradients of rounding alone,
+                weight, expected = (np.delete(b, np.s_[32:64]) for b in (weight, expected))  # which AdamW
+            np.testing.assert_allclose(weight, expected, rtol=1e-4, atol=1e-6)  # turns into whole steps
     shared = [row for _, seen in ranks for row in seen]
     assert len(rows) == len(set(rows)) == 12
     assert sorted(shared) == sorted(rows)  # each row of the batch once, by one rank
@@ -244,11 +247,12 @@ def test_torchrun_starts_a_killed_run_again_where_it_was(tiny: Tiny, tmp_path: P
     """The command line as it is used: rank 0 alone speaks, and --max-restarts needs no --resume."""
     killed, whole = tiny(out_dir=tmp_path / "killed"), tiny(out_dir=tmp_path / "whole")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
-    torchrun += ["--master-port", str(free_port()), "-m"]
+    torchrun += ["--standalone", "-m"]
     arguments = command(killed, "--max-steps", "40")[2:]  # after `python -m`
-    process = subprocess.Popen(
-        [*torchrun, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    # PyTorch 2.14's workers would find the addresses of those before them in the store that is shared else.
+    environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([*torchrun, *arguments], **pipes, text=True, env=environment)
     assert killed.out_dir is not None
     wait_for_checkpoint(killed.out_dir, process)
     os.kill(pid_of_rank(1, process.pid), signal.SIGKILL)

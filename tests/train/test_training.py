@@ -15,14 +15,13 @@ from typing import Any
 
 import pytest
 import torch
-from runs import assert_same_state, command, last, logged, wait_for_checkpoint
+from runs import assert_same_state, command, last, logged, start, wait_for_checkpoint
 
 from fastgpt import checkpoint
 from fastgpt.config import TrainConfig
 from fastgpt.data import TokenDataset, prepared
 from fastgpt.errors import InputError, TrainingStopped
 from fastgpt.metrics import KEYS, read_metrics
-from fastgpt.model import GPT
 from fastgpt.train import Trainer, open_data, train
 
 MUTANTS = {
@@ -104,15 +103,6 @@ def test_resuming_is_bit_exact(tiny: Tiny, tmp_path: Path, precision: str) -> No
     assert_same_state(tmp_path / "whole", tmp_path / "cut")
     resumed = {row["step"]: row for row in logged(tmp_path / "cut")}
     assert all(resumed[row["step"]] == row for row in logged(tmp_path / "whole") if row["step"] > 7)
-
-
-def start(config: TrainConfig) -> Trainer:
-    """A trainer at step 0, as `train` makes it."""
-    data, config = open_data(config, None)
-    torch.manual_seed(config.seed)
-    assert config.out_dir is not None
-    config.out_dir.mkdir(exist_ok=True)
-    return Trainer(config, config.out_dir, data, GPT(config.model))
 
 
 def test_metrics_after_the_last_checkpoint_are_dropped_when_resuming(tiny: Tiny, tmp_path: Path) -> None:
