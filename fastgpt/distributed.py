@@ -32,6 +32,7 @@ class World:
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    local_size: int = 1
 
     @property
     def main(self) -> bool:
@@ -157,6 +158,7 @@ def restarted() -> bool:
 def _world(name: str, size: int) -> World:
     try:
         rank, local_rank = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     except (KeyError, ValueError):
         raise InputError(
             f"WORLD_SIZE is {size}, but RANK and LOCAL_RANK are not both set: "
@@ -167,7 +169,7 @@ def _world(name: str, size: int) -> World:
         raise InputError(f"device {name!r} is one for all {size} processes: use --device cuda, cpu or auto")
     if device.type == "cuda":
         device = runtime.resolve_device(f"cuda:{local_rank}")
-    return World(device, rank, size, local_rank)
+    return World(device, rank, size, local_rank, local_size)
 
 
 def _is_of_communication(error: RuntimeError) -> bool:
@@ -179,7 +181,7 @@ def _is_of_communication(error: RuntimeError) -> bool:
 
 
 def replicated(model: nn.Module, world: World) -> nn.Module:
-    """A GPT on world.device whose backward pass, outside `accumulating`, averages gradients over the ranks.
+    """A GPT on world.device whose backward pass, outside its `no_sync`, averages gradients over the ranks.
 
     Every rank gets rank 0's weights.
     """
@@ -195,13 +197,3 @@ def replicated(model: nn.Module, world: World) -> nn.Module:
     model.zero_grad(set_to_none=True)
     runtime.set_rng_state(generators, world.device)
     return network
-
-
-@contextlib.contextmanager
-def accumulating(network: nn.Module, *, last: bool) -> Iterator[None]:
-    """Forward and backward of one micro-batch: ranks exchange gradients in the last one of a step only."""
-    if isinstance(network, DistributedDataParallel) and not last:
-        with network.no_sync():
-            yield
-    else:
-        yield

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from fastgpt.config import TrainConfig
 from fastgpt.errors import InputError
@@ -293,7 +294,8 @@ def adamw(model: nn.Module, config: TrainConfig) -> AdamW | torch.optim.AdamW:
 
     Weight decay pulls on matrices and embeddings only: a bias or a LayerNorm gain has no scale to control.
     It is the class above where weights are bf16, which need its masters, and where a kernel is chosen for
-    `adamw_`; else PyTorch's, whose fused kernel is faster than our plain reference.
+    `adamw_`; else PyTorch's, whose fused kernel is faster than our plain reference. Parameters that are split
+    over ranks are DTensors, which PyTorch's takes as they are.
     """
     decay = [p for p in model.parameters() if p.dim() >= 2]
     keep = [p for p in model.parameters() if p.dim() < 2]
@@ -303,6 +305,8 @@ def adamw(model: nn.Module, config: TrainConfig) -> AdamW | torch.optim.AdamW:
     ]
     options: dict[str, Any] = {"lr": config.learning_rate, "betas": config.betas, "eps": config.eps}
     kernel = select("adamw_", None, decay[0].device) is not reference
+    if isinstance(decay[0], DTensor):
+        return torch.optim.AdamW(groups, fused=True, **options)
     if kernel or any(p.dtype != torch.float32 for p in model.parameters()):
         return AdamW(groups, max_grad_norm=config.grad_clip or math.inf, **options)
     return torch.optim.AdamW(groups, fused=True, **options)
@@ -326,6 +330,7 @@ def update(
     else:
         params = [param for group in optimizer.param_groups for param in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(params, max_grad_norm or math.inf)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt import checkpoint, distributed, runtime
+from fastgpt import checkpoint, distributed, runtime, sharding
 from fastgpt.config import GPTConfig, TrainConfig
 from fastgpt.data import (
     Batch,
@@ -62,9 +62,9 @@ class Trainer:
         self.world = world or World(runtime.resolve_device(config.device))
         self.device = self.world.device
         self.precision = runtime.resolve_precision(config.precision, self.device, config.weights)
-        self.model = model.to(self.device, torch.bfloat16 if config.weights == "bf16" else torch.float32)
+        self.model = model.to(self.device)
         self.model.recompute(config.recompute)
-        self.parallel = distributed.replicated(self.model, self.world)
+        self.parallel = sharding.arranged(self.model, self.world, config.parallel, config.weights)
         self.network: Callable[..., Any] = torch.compile(self.parallel) if config.compile else self.parallel
         self.optimizer = adamw(self.model, config)
         self.scaler = self.precision.scaler(shared=self.world.size > 1)
@@ -105,7 +105,8 @@ class Trainer:
         tokens = self.world.mean(torch.full((), float(batches.counted), device=self.device))
         loss = torch.zeros((), device=self.device)
         for number, (x, y) in enumerate(batches.micro_batches, 1):
-            with distributed.accumulating(self.parallel, last=number == len(batches.micro_batches)):
+            last = number == len(batches.micro_batches)
+            with sharding.accumulating(self.parallel, self.config.parallel, last=last):
                 with self.precision.autocast():
                     _, summed = self.network(x, y, reduction="sum", return_logits=False)
                 self.scaler.scale(summed / tokens).backward()
@@ -159,6 +160,7 @@ class Trainer:
             device=self.device,
             autocast=self.precision.autocast(),
         )
+        sharding.split_again(self.model)
         share = torch.tensor(loss * self.validation.weight, dtype=torch.float64)
         self.val_loss = self.world.mean(share).item()
         return self.val_loss
@@ -171,8 +173,16 @@ class Trainer:
             for name, own in runtime.rng_state(self.device).items()
             for rank, state in enumerate(self.world.gather(own))
         }
+        path = checkpoint.path_of(self.out_dir, self.steps_done)
+        if self.world.from_main(path.exists()):
+            return path  # complete, and training is deterministic: it holds the same bits
+        weights = checkpoint.model_tensors(self.model, self.optimizer, keep=self.world.main)
+        optimizer = checkpoint.optimizer_tensors(self.model, self.optimizer)
+        write_shards = self._write_shards if optimizer and sharding.is_split(self.model) else None
         if not self.world.main:
-            return checkpoint.path_of(self.out_dir, self.steps_done)
+            if write_shards:
+                write_shards(checkpoint.shards_of(self.out_dir, self.steps_done))
+            return path
         state = {
             "step": self.steps_done,
             "seconds": self.seconds,
@@ -186,9 +196,15 @@ class Trainer:
             config=self.model.config,
             tokenizer=self.data.tokenizer,
             state=state,
-            model=checkpoint.model_tensors(self.model, self.optimizer),
-            training={**checkpoint.optimizer_tensors(self.model, self.optimizer), **generators},
+            model=weights,
+            training=generators if write_shards else {**optimizer, **generators},
+            write_shards=write_shards,
         )
+
+    def _write_shards(self, folder: Path) -> None:
+        """This rank's part of a checkpoint, in a folder that rank 0 has made by then."""
+        self.world.barrier()
+        sharding.save_shards(folder, checkpoint.optimizer_tensors(self.model, self.optimizer))
 
     def restore(self, saved: checkpoint.Checkpoint) -> None:
         """Continue from a checkpoint of the same run; to the bit where as many ranks wrote it.
@@ -204,9 +220,11 @@ class Trainer:
                 f"the tokens of corpus {self.config.corpus!r} are not those that {saved.path} was trained "
                 "on: restore the text, or start a new run with --init-from"
             )
-        self.model.load_state_dict(saved.model)
+        parameters = self.model.state_dict()
+        self.model.load_state_dict({k: sharding.like(v, parameters[k]) for k, v in saved.model.items()})
         training = saved.training()
         generators = {name: training.pop(name) for name in list(training) if name.startswith("rng:")}
+        training = checkpoint.read_optimizer_tensors(self.model, saved, training)
         checkpoint.load_optimizer_tensors(self.model, self.optimizer, training, saved.model)
         self.scaler.load_state_dict(saved.state["scaler"])
         self.steps_done = saved.state["step"]
@@ -271,14 +289,14 @@ class Trainer:
         self._since = (time.perf_counter(), self.steps_done)
 
     def sample(self) -> str:
-        """A continuation of sample_prompt by the weights as they are; only rank 0 makes it."""
-        if not self.world.main:
-            return ""
+        """A continuation of sample_prompt by the weights as they are; on other ranks than 0, nothing."""
         if self._sample is None:
-            config = self.config
-            self._sample = sample_text(
-                self.model, self.data.tokenizer, config.sample_prompt, config.sample_tokens, seed=config.seed
-            )
+            config, model = self.config, sharding.whole_model(self.model, self.world)
+            prompt, length = config.sample_prompt, config.sample_tokens
+            if self.world.main:
+                self._sample = sample_text(model, self.data.tokenizer, prompt, length, seed=config.seed)
+            else:
+                self._sample = ""
         return self._sample
 
 
@@ -301,6 +319,8 @@ def train(config: TrainConfig) -> Trainer:
             write_record(trainer)
             announce(trainer)
         trainer.run()
+        if config.sample_tokens:
+            trainer.sample()  # while all ranks are here; who asks later gets this one
         if world.main:
             plot_losses(out_dir)
     return trainer

@@ -29,14 +29,13 @@ from fastgpt.train import Trainer, train
 MUTANTS = {
     "fastgpt/distributed.py": [
         ("            value /= self.size\n", ""),
-        ("with network.no_sync():", "with contextlib.nullcontext():"),
         ("        return yes\n", "        return mine\n"),
         ("    network(idx, idx, return_logits=False)[1].backward()\n", ""),
     ],
     "fastgpt/train.py": [
         ("        self.world.mean(loss)\n", ""),
         ("not stop(interrupted())", "not interrupted()"),
-        ("tokens = self.world.mean(torch.full((), float(counted)", "tokens = (torch.full((), float(counted)"),
+        ("tokens = self.world.mean(torch.full(", "tokens = (torch.full("),
         ("            runtime.set_rng_state(mine, self.device)\n", "            pass\n"),
         (".share(self.world.rank, self.world.size)", ".share(0, self.world.size)"),
     ],

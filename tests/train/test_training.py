@@ -29,7 +29,7 @@ MUTANTS = {
         ("(summed / tokens).backward()", "(summed / (y.size * len(micro_batches))).backward()"),
         ("runtime.set_rng_state(mine, self.device)", "pass"),
         ('self.scaler.load_state_dict(saved.state["scaler"])', "pass"),
-        ("self.loader.micro_batches(self.steps_done, ", "self.loader.micro_batches(0, "),
+        ("self.loader.micro_batches(step, ", "self.loader.micro_batches(0, "),
         ("        self.check_finite()\n        generators", "        generators"),
         ("self.val_loss = self._sample = None", "self.val_loss = None"),
         ("self.val_loss is not None and self.config.sample_tokens", "self.val_loss is not None"),
