@@ -8,19 +8,25 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from fastgpt import ops
 from fastgpt.config import GPTConfig, Recompute
 from fastgpt.errors import InputError
 
 INIT_STD = 0.02
-_REPLAY_NOTHING: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+
+
+def _recomputed(function: Callable[..., Any], *args: Any, draws: bool = False) -> Any:
+    """`function(*args)`, run again in backward, with the same random numbers if it `draws` any."""
+    from torch.utils.checkpoint import checkpoint  # where it is used: importing fastgpt stays quick
+
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=draws)
 
 
 class KVCache:
@@ -95,7 +101,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._gelu_and_project, self.c_fc(x), **_REPLAY_NOTHING)
+            return _recomputed(self._gelu_and_project, self.c_fc(x))
         if self.activation == "relu":
             h = F.relu(self.c_fc(x))  # (B, T, 4C)
         else:
@@ -204,8 +210,7 @@ class GPT(nn.Module):
         branch: Tensor | None = None
         for block in self.transformer.h:
             if self.recompute_blocks and torch.is_grad_enabled():
-                options = {**_REPLAY_NOTHING, "preserve_rng_state": dropout > 0}
-                branch, x = checkpoint(block, branch, x, cache, **options)
+                branch, x = _recomputed(block, branch, x, cache, draws=dropout > 0)
             else:
                 branch, x = block(branch, x, cache)
         assert branch is not None  # n_layer >= 1

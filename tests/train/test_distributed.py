@@ -239,6 +239,7 @@ def pid_of_rank(rank: int, parent: int) -> int:
     raise AssertionError(f"no process of rank {rank}")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not Path("/proc/self/environ").exists(), reason="reads /proc to find the process of a rank"
 )

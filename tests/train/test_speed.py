@@ -34,7 +34,7 @@ MUTANTS = {
         ("self._thread.submit(self._host, step + 1)", "self._thread.submit(self._host, step + 2)"),
     ],
     "fastgpt/model.py": [
-        ('"preserve_rng_state": dropout > 0', '"preserve_rng_state": False'),
+        ("draws=dropout > 0", "draws=False"),
         ('self.recompute_blocks = what == "block"', "self.recompute_blocks = False"),
         ('module.recompute = what == "gelu"', "module.recompute = False"),
     ],
