@@ -120,6 +120,8 @@ def train_command(args: Sequence[str]) -> None:
     from fastgpt.train import train
 
     trainer = train(config)
+    if not trainer.world.main:
+        return
     if config.sample_tokens:
         print(f"\n{trainer.sample()}\n")
     best = checkpoint.best(trainer.out_dir)

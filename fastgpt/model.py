@@ -8,17 +8,25 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgpt import ops
-from fastgpt.config import GPTConfig
+from fastgpt.config import GPTConfig, Recompute
 from fastgpt.errors import InputError
 
 INIT_STD = 0.02
+
+
+def _recomputed(function: Callable[..., Any], *args: Any, draws: bool = False) -> Any:
+    """`function(*args)`, run again in backward, with the same random numbers if it `draws` any."""
+    from torch.utils.checkpoint import checkpoint  # where it is used: importing fastgpt stays quick
+
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=draws)
 
 
 class KVCache:
@@ -87,16 +95,25 @@ class MLP(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.activation = config.activation
+        self.recompute = False
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return _recomputed(self._gelu_and_project, self.c_fc(x))
         if self.activation == "relu":
             h = F.relu(self.c_fc(x))  # (B, T, 4C)
         else:
-            approximate = "tanh" if self.activation == "gelu_tanh" else "none"
-            h = ops.linear_gelu(x, self.c_fc.weight, self.c_fc.bias, approximate=approximate)
+            h = ops.linear_gelu(x, self.c_fc.weight, self.c_fc.bias, approximate=self._approximate)
         return self.c_proj(h)
+
+    @property
+    def _approximate(self) -> str:
+        return "tanh" if self.activation == "gelu_tanh" else "none"
+
+    def _gelu_and_project(self, h: Tensor) -> Tensor:
+        return self.c_proj(ops.gelu(h, approximate=self._approximate))
 
 
 class Block(nn.Module):
@@ -146,6 +163,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.transformer = Transformer(config)
+        self.recompute_blocks = False
         self._init_weights()
 
     def _init_weights(self) -> None:
@@ -157,6 +175,18 @@ class GPT(nn.Module):
                 nn.init.normal_(p, std=INIT_STD)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
+
+    def recompute(self, what: Recompute) -> None:
+        """What backward is to compute again instead of keeping it, from here on.
+
+        `gelu`: the outputs of GELU, 4C a token and layer, which the projection after it reads again in
+        backward; its inputs are kept in their place, so linear and GELU are then two operations. `block`:
+        everything but the 2C a token and layer that a block starts from, for a second forward pass.
+        """
+        self.recompute_blocks = what == "block"
+        for module in self.modules():
+            if isinstance(module, MLP):
+                module.recompute = what == "gelu"
 
     @property
     def token_embedding(self) -> Tensor:
@@ -179,7 +209,10 @@ class GPT(nn.Module):
         x = F.dropout(x, dropout)  # (B, T, C)
         branch: Tensor | None = None
         for block in self.transformer.h:
-            branch, x = block(branch, x, cache)
+            if self.recompute_blocks and torch.is_grad_enabled():
+                branch, x = _recomputed(block, branch, x, cache, draws=dropout > 0)
+            else:
+                branch, x = block(branch, x, cache)
         assert branch is not None  # n_layer >= 1
         if cache is not None:
             cache.length += idx.size(1)
