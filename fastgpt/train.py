@@ -34,6 +34,7 @@ from fastgpt.model import GPT
 from fastgpt.optim import adamw
 from fastgpt.pretrained import Pretrained, load_weights, read_pretrained
 from fastgpt.schedule import learning_rate
+from fastgpt.tasks import HellaSwag
 
 IGNORE_INDEX = -100
 _EVAL_BATCH_TOKENS = 4096  # larger batches use a CPU better; the logits of this many tokens fit anywhere
@@ -71,6 +72,7 @@ class Trainer:
             data.val, block_size, max_windows=limit, vocab_size=vocab_size, names=data.names["val"]
         )
         encode_prompt(data.tokenizer, config.sample_prompt)  # an error now, not after the training
+        self.hellaswag = HellaSwag.open(config.hellaswag, data.tokenizer) if config.hellaswag else None
         self.steps_done = 0
         self.seconds = 0.0  # of training, evaluations and checkpoints not counted
         self.val_loss: float | None = None  # of the weights as they are now
@@ -216,6 +218,7 @@ class Trainer:
         """
         config = self.config
         log = MetricsLog(self.out_dir, first_step=self.steps_done, total_steps=config.max_steps)
+        benchmarks = (config.hellaswag_every,) if self.hellaswag else ()
         self.model.train()
         self._since = (time.perf_counter(), self.steps_done)
         try:
@@ -223,7 +226,7 @@ class Trainer:
                 while self.steps_done < config.max_steps and not interrupted():
                     loss, norm = self.step()
                     log.advance()
-                    if self._due(config.log_every, config.eval_every, config.checkpoint_every):
+                    if self._due(config.log_every, config.eval_every, config.checkpoint_every, *benchmarks):
                         self._look(loss, norm, log)
         finally:
             log.close()
@@ -243,7 +246,11 @@ class Trainer:
             val_loss = self.evaluate()
             improved = val_loss < self.best_val_loss
             self.best_val_loss = min(self.best_val_loss, val_loss)
-        log.log(self._row(loss.item(), norm.item(), (self.steps_done - first) / elapsed))
+        row = self._row(loss.item(), norm.item(), (self.steps_done - first) / elapsed)
+        if self.hellaswag and self._due(self.config.hellaswag_every):
+            with self.precision.autocast():
+                row |= {f"hellaswag_{k}": v for k, v in self.hellaswag.evaluate(self.model).items()}
+        log.log(row)
         if improved or self._due(self.config.checkpoint_every):
             self.save()
         if self.val_loss is not None and self.config.sample_tokens:
