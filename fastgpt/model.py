@@ -180,7 +180,7 @@ class GPT(nn.Module):
             name_or_path: gpt2, gpt2-medium, gpt2-large or gpt2-xl; or a run, a checkpoint, a Hugging Face
                 GPT-2 folder, a `ckpt.pt` of nanoGPT or a `.bin` of llm.c.
             block_size: a shorter context than the file's.
-            dropout: for training on; by default the file's.
+            dropout: for training on; by default that of a run or of nanoGPT's file, and 0 for the others.
 
         Raises:
             InputError: none of these, damaged, not GPT-2, or trained on a context shorter than block_size.

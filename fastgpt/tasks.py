@@ -33,7 +33,7 @@ class HellaSwag:
     queries: list[Query]
     labels: list[int]
 
-    HUB: ClassVar = ("Rowan/hellaswag", "validation")
+    HUB: ClassVar = ("Rowan/hellaswag", None, "validation")  # name, configuration, split
 
     @classmethod
     def open(cls, path: Path | None, tokenizer: Tokenizer, limit: int | None = None) -> HellaSwag:
@@ -80,7 +80,7 @@ class Lambada:
 
     queries: list[Query]
 
-    HUB: ClassVar = ("EleutherAI/lambada_openai", "test")
+    HUB: ClassVar = ("EleutherAI/lambada_openai", "default", "test")
 
     @classmethod
     def open(cls, path: Path | None, tokenizer: Tokenizer, limit: int | None = None) -> Lambada:
@@ -162,15 +162,19 @@ def _windows(ids: np.ndarray, block_size: int, stride: int) -> Iterator[Query]:
         yield Query(ids[max(0, end - block_size - 1) : start], (ids[start:end],))
 
 
-def _rows(path: Path | None, hub: tuple[str, str], limit: int | None) -> Iterator[tuple[str, dict[str, Any]]]:
+def _rows(
+    path: Path | None, hub: tuple[str, str | None, str], limit: int | None
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """The first `limit` examples, each with what to call it in errors."""
-    source: Iterable[Any] = (
-        _hub_rows(*hub) if path is None else filter(str.strip, read_text(path).split("\n"))
-    )
-    name, kind = (hub[0], "example") if path is None else (str(path), "line")
-    count = 0
-    for count, row in enumerate(islice(source, limit), 1):
-        where = f"{name}, {kind} {count}"
+    found: Iterable[tuple[str, Any]]
+    if path is None:
+        found = ((f"{hub[0]}, example {n}", row) for n, row in enumerate(_hub_rows(*hub), 1))
+    else:
+        lines = enumerate(read_text(path).split("\n"), 1)
+        found = ((f"{path}, line {n}", line) for n, line in lines if line.strip())
+    empty = True
+    for where, row in islice(found, limit):
+        empty = False
         if isinstance(row, str):
             try:
                 row = json.loads(row)
@@ -179,17 +183,17 @@ def _rows(path: Path | None, hub: tuple[str, str], limit: int | None) -> Iterato
         if not isinstance(row, dict):
             raise InputError(f"{where}: expected an object, got {type(row).__name__}")
         yield where, row
-    if not count:
-        raise InputError(f"{name} holds no examples")
+    if empty:
+        raise InputError(f"{path or hub[0]} holds no examples")
 
 
-def _hub_rows(name: str, split: str) -> Iterable[Any]:
+def _hub_rows(name: str, configuration: str | None, split: str) -> Iterable[Any]:
     advice = "or pass a local file with --data FILE.jsonl"
     try:
         from datasets import load_dataset
     except ImportError:
         raise InputError(f"{name} comes through datasets: pip install 'fastgpt[data]', {advice}") from None
     try:
-        return load_dataset(name, split=split)
+        return load_dataset(name, configuration, split=split)
     except Exception as error:  # the hub's client raises many unrelated types
         raise InputError(f"could not download {name} from the Hugging Face hub: {error}; {advice}") from error

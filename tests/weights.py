@@ -53,6 +53,6 @@ def assert_logits_agree(ours: GPT, theirs: Any) -> None:
         logits, expected = ours(idx)[0], theirs(idx).logits
         oracle = theirs.double()(idx).logits
         theirs.float()
-    assert oracle.std() > 0.5
+    assert oracle.std() > 0.2
     error, allowed = (logits - oracle).abs().max(), (expected - oracle).abs().max()
     assert error <= 2 * allowed + 1e-6, (error, allowed)
