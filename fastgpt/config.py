@@ -84,7 +84,7 @@ class TrainConfig:
     resume: bool = False
     """Continue the run in out_dir from its last checkpoint."""
     init_from: str | None = None
-    """Start from these weights: a run, a checkpoint, a Hugging Face folder, or gpt2, gpt2-medium, ..."""
+    """Start from these weights: a run, a checkpoint, another project's, or gpt2, gpt2-medium, ..."""
 
     max_steps: int = 2000
     """Optimizer steps in all."""

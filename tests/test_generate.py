@@ -169,7 +169,7 @@ def texts(model: GPT, tokenizer: Tokenizer = ASCII, count: int = 40, **options: 
     return ["".join(pieces) for pieces in generate_texts(model, tokenizer, prompt, count, **options)]
 
 
-@pytest.mark.parametrize("batch_size", [2, 3, 5, 16])
+@pytest.mark.parametrize("batch_size", [2, 16])
 def test_a_batch_writes_what_each_seed_writes_alone(model: GPT, batch_size: int) -> None:
     """Past the block size too; 5 seeds in batches of 2 leave one over, which is streamed."""
     seeds = range(10, 15)
@@ -180,25 +180,18 @@ def test_a_batch_writes_what_each_seed_writes_alone(model: GPT, batch_size: int)
     assert plain == alone
 
 
-class EndsWithA(CharTokenizer):
-    """Characters, of which the first ends a text."""
-
-    eot = 0
-
-
 def test_a_batch_stops_when_every_text_has_ended(model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer = EndsWithA(ASCII.vocab)
-    whole = texts(model, seeds=range(4), count=300)
-    ends = [text.index(ASCII.vocab[0]) for text in whole]
-    assert len(set(ends)) == 4
+    whole = texts(model, seeds=range(3))
+    ends = {c: [text.find(c) for text in whole] for c in ASCII.vocab}
+    last = next(c for c, places in ends.items() if min(places) >= 0 and len(set(places)) == 3)
+    tokenizer = CharTokenizer(ASCII.vocab)
+    tokenizer.eot = ASCII.vocab.index(last)  # as if that character ended a text
     steps = []
     monkeypatch.setattr(
         "fastgpt.generate.choose", lambda *args, **options: steps.append(1) or choose(*args, **options)
     )
-    assert texts(model, tokenizer, 300, seeds=range(4)) == [
-        text[:end] for text, end in zip(whole, ends, strict=True)
-    ]
-    assert len(steps) == max(ends) + 1
+    assert texts(model, tokenizer, seeds=range(3)) == [text[: text.index(last)] for text in whole]
+    assert len(steps) == max(ends[last]) + 1 < 40
 
 
 def test_only_ids_that_the_tokenizer_has_are_drawn(model: GPT) -> None:

@@ -27,13 +27,12 @@ from fastgpt.train import train
 MUTANTS = {
     "fastgpt/formats/hugging_face.py": [
         (
-            "if name.endswith(_CONV1D) else tensor",
-            "if name.endswith(_CONV1D) and tensor.size(0) != tensor.size(1) else tensor",
+            ".contiguous() if name.endswith(_CONV1D)",
+            ".contiguous() if name.endswith(_CONV1D) and tensor.size(0) != tensor.size(1)",
         ),
         ('"scale_attn_by_inverse_layer_idx": False,', ""),
         ('tied_head=settings.get("tie_word_embeddings", True)', "tied_head=True"),
     ],
-    "fastgpt/formats/weights.py": [("weights[name][: config.vocab_size]", "weights[name]")],
     "fastgpt/formats/nanogpt.py": [('activation="gelu_erf"', 'activation="gelu_tanh"')],
     "fastgpt/formats/llmc.py": [("if path.stat().st_size != expected", "if path.stat().st_size > expected")],
 }

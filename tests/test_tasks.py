@@ -90,31 +90,17 @@ def one_by_one(model: GPT, path: Path) -> dict[str, float]:
     return {name: count / len(rows) for name, count in right.items()}
 
 
-@pytest.mark.parametrize("batch_size", [1, 7, 32, 1000])
-def test_hellaswag_totals_are_those_of_one_by_one(model: GPT, hellaswag: Path, batch_size: int) -> None:
-    expected = one_by_one(model, hellaswag)
+@pytest.fixture(scope="module")
+def expected(model: GPT, hellaswag: Path) -> dict[str, float]:
+    return one_by_one(model, hellaswag)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 1000])
+def test_hellaswag_totals_are_those_of_one_by_one(
+    model: GPT, hellaswag: Path, expected: dict[str, float], batch_size: int
+) -> None:
     assert expected["acc"] != expected["acc_norm"]
     assert HellaSwag.open(hellaswag, BYTES).evaluate(model, batch_size=batch_size) == expected
-
-
-def test_hellaswag_prefers_what_the_model_was_trained_on(tmp_path: Path) -> None:
-    """The same text continued, against three others: a model that fits it must find it."""
-    text = pseudo_text(64, seed=3).lower()
-    model = GPT(gpt(vocab_size=256, block_size=64).config)
-    idx = torch.from_numpy(BYTES.encode(text).astype(np.int64))[None]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(60):
-        loss = model(idx[:, :-1], idx[:, 1:])[1]
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    cut = text.index(" ", 30)
-    path = tmp_path / "one.jsonl"
-    endings = ["qqqq zzzz", text[cut + 1 :], "wwww", "kkkk jjjj vvvv"]
-    path.write_text(
-        json.dumps({"ctx": text[:cut], "endings": endings, "label": "1"})
-    )  # the hub's are strings
-    assert HellaSwag.open(path, BYTES).evaluate(model) == {"acc": 1.0, "acc_norm": 1.0}
 
 
 def test_lambada_counts_whole_last_words(tmp_path: Path) -> None:
@@ -237,7 +223,11 @@ def test_the_hub_is_asked_where_no_file_is_given(monkeypatch: pytest.MonkeyPatch
 
 
 def test_eval_prints_each_task(
-    model: GPT, hellaswag: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: GPT,
+    hellaswag: Path,
+    expected: dict[str, float],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     run = str(save_run(tmp_path / "run", model, BYTES))
 
@@ -245,7 +235,6 @@ def test_eval_prints_each_task(
         assert main(["eval", run, "--device", "cpu", *map(str, options)]) == 0
         return capsys.readouterr().out
 
-    expected = one_by_one(model, hellaswag)
     out = evaluate("--task", "hellaswag", "--data", hellaswag)
     assert (
         f"HellaSwag acc {expected['acc']:.4f}, acc_norm {expected['acc_norm']:.4f}, over 60 examples" in out

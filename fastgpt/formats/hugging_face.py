@@ -125,17 +125,15 @@ def write(
     """Write a folder that GPT2LMHeadModel and AutoTokenizer load; padding rows are left out.
 
     Args:
-        path: a folder that does not exist yet; it appears when all of it is written.
+        path: a folder that does not exist yet or is empty; it appears when all of it is written.
         config: of the network.
         weights: by fastgpt's names.
         tokenizer: that it was trained with.
         dtype: float32 or bfloat16, rounded to nearest.
 
     Raises:
-        InputError: the folder exists, or cannot be written.
+        InputError: it cannot be written.
     """
-    if path.exists():
-        raise InputError(f"{path} exists: choose another --out, or delete it")
     unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         unfinished.mkdir(parents=True)

@@ -45,11 +45,9 @@ def pad_vocabulary(weights: dict[str, Tensor], config: GPTConfig) -> None:
 
 def with_biases(weights: dict[str, Tensor], config: GPTConfig) -> dict[str, Tensor]:
     """For formats that always have biases: zeros where the network has none, which computes the same."""
-    if config.bias:
-        return weights
-    missing = {
+    biases = {
         name.removesuffix("weight") + "bias": weight.new_zeros(weight.size(0))
         for name, weight in weights.items()
-        if name.startswith(("transformer.h.", "transformer.ln_f."))
+        if name.startswith(("transformer.h.", "transformer.ln_f.")) and not config.bias
     }
-    return weights | missing
+    return weights | biases
