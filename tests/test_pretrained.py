@@ -285,6 +285,16 @@ def test_nanogpts_characters_come_from_meta_pkl(tmp_path: Path) -> None:
         read_pretrained(str(tmp_path))
 
 
+def test_an_incomplete_nanogpt_checkpoint_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "ckpt.pt"
+    save_nanogpt(path, 3, compiled=False)
+    saved = torch.load(path, weights_only=True)
+    del saved["model"]["transformer.wte.weight"]
+    torch.save(saved, tmp_path / "part.pt")
+    with pytest.raises(InputError, match=r"part.pt lacks transformer.wte.weight \(1 such tensors\)"):
+        GPT.from_pretrained(tmp_path / "part.pt")
+
+
 class _RunsCode:
     def __reduce__(self) -> tuple[Any, tuple[str]]:
         return os.mkdir, ("was-run",)

@@ -30,17 +30,20 @@ def write(folder: Path, tokenizer: Tokenizer, block_size: int) -> None:
         settings |= {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False, **special}
     else:
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-        _write_json(folder / "tokenizer.json", _tokenizer_json(tokenizer))
-    _write_json(folder / "tokenizer_config.json", settings)
+        write_json(folder / "tokenizer.json", _tokenizer_json(tokenizer))
+    write_json(folder / "tokenizer_config.json", settings)
 
 
-def _write_json(path: Path, value: object) -> None:
+def write_json(path: Path, value: object) -> None:
+    """In the layout of Hugging Face's own files."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     """`tokenizer.json` of a tokenizer whose tokens are single characters or bytes."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    splitter: dict[str, Any] | None
+    joiner: dict[str, Any]
     if isinstance(tokenizer, CharTokenizer):
         symbols, splitter, joiner = tokenizer.vocab, None, {"type": "Fuse"}
     elif isinstance(tokenizer, ByteTokenizer):
@@ -77,7 +80,8 @@ def read(folder: Path, vocab_size: int) -> Tokenizer | None:
     if vocab is None:
         return guess_tokenizer(vocab_size)
     symbols = "".join(sorted(vocab, key=vocab.__getitem__))
-    if not merges and len(symbols) == len(vocab) and sorted(vocab.values()) == list(range(len(vocab))):
+    single = all(len(token) == 1 for token in vocab)
+    if single and not merges and sorted(vocab.values()) == list(range(len(vocab))):
         if symbols == _byte_symbols():
             return ByteTokenizer()
         return CharTokenizer(symbols) if list(symbols) == sorted(symbols) else None

@@ -61,8 +61,8 @@ def read(path: Path) -> Pretrained:
         if name in weights and weights[name].size(0) != config.vocab_size:
             raise InputError(f"{path}: {name} has {weights[name].size(0)} rows, not {config.vocab_size}")
     if config.tied_head:
-        head = weights.pop(HEAD, None)
-        if head is not None and not torch.equal(head, weights[TOKEN_EMBEDDING]):
+        head, embedding = weights.pop(HEAD, None), weights.get(TOKEN_EMBEDDING)
+        if head is not None and embedding is not None and not torch.equal(head, embedding):
             raise InputError(
                 f"{path}: its lm_head is not tied to the token embedding, as config.json says it is: set "
                 "tie_word_embeddings to false there to keep both"
@@ -137,9 +137,9 @@ def write(
     unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         unfinished.mkdir(parents=True)
-        _write_json(unfinished / CONFIG, _settings(config, tokenizer.eot, dtype))
+        hf_tokenizer.write_json(unfinished / CONFIG, _settings(config, tokenizer.eot, dtype))
         ends = {"bos_token_id": tokenizer.eot, "eos_token_id": tokenizer.eot}
-        _write_json(unfinished / "generation_config.json", {"_from_model_config": True, **ends})
+        hf_tokenizer.write_json(unfinished / "generation_config.json", {"_from_model_config": True, **ends})
         hf_tokenizer.write(unfinished, tokenizer, config.block_size)
         tensors = {
             name: _as_stored(name, tensor, config).to(dtype).contiguous()
@@ -151,10 +151,6 @@ def write(
         raise InputError(f"could not write {path}: {error}") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def _as_stored(name: str, tensor: Tensor, config: GPTConfig) -> Tensor:

@@ -41,8 +41,8 @@ def read(path: Path) -> Pretrained:
         ) from error
     for name in [name for name in weights if name.endswith(".attn.bias")]:
         del weights[name]  # the causal mask, a buffer where there was no flash attention
-    head = weights.pop(HEAD, weights[TOKEN_EMBEDDING])
-    if not torch.equal(head, weights[TOKEN_EMBEDDING]):
+    head, embedding = weights.pop(HEAD, None), weights.get(TOKEN_EMBEDDING)
+    if head is not None and embedding is not None and not torch.equal(head, embedding):
         raise InputError(f"{path}: lm_head is not tied to the token embedding, as it is in nanoGPT")
     pad_vocabulary(weights, config)
     meta = path.with_name("meta.pkl")
