@@ -90,3 +90,29 @@ def test_accuracy_of_long_rows(case: Case, dtype: torch.dtype) -> None:
     for part in (0, 1):
         for a, b, c in zip(emulated[part], eager[part], oracle[part], strict=True):
             assert_accurate(a, b, c)
+
+
+MUTANTS = {
+    "csrc/cuda/layer_norm.cuh": [
+        (
+            "dw[0][i] += dy[i] * xhat[i];",
+            "dw[0][i] = dy[i] * xhat[i];",
+            "tests/ops/test_emulated.py -k accuracy",
+        ),
+        (
+            "column + i < p.width ? s[i] - mean : 0.0f",
+            "s[i] - mean",
+            "tests/ops/test_emulated.py -k accuracy",
+        ),
+    ],
+    "csrc/cuda/reduce.cuh": [
+        ("lane < warps ? scratch", "lane <= warps ? scratch", "tests/ops/test_emulated.py -k accuracy"),
+    ],
+    "csrc/cuda/partials.cuh": [
+        (
+            "p < programs; p += kPartialWarps",
+            "p < programs - 1; p += kPartialWarps",
+            "tests/ops/test_emulated.py -k accuracy",
+        ),
+    ],
+}
