@@ -37,6 +37,8 @@ class GPTConfig:
     """Whether linear layers and LayerNorms have a bias, as in GPT-2."""
     activation: Activation = "gelu_tanh"
     """GPT-2 has gelu_tanh, nanoGPT gelu_erf, the first lecture relu."""
+    tied_head: bool = True
+    """Whether the classifier's weights are the token embedding's, as in GPT-2; else it has its own."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
@@ -85,7 +87,7 @@ class TrainConfig:
     resume: bool = False
     """Continue the run in out_dir from its last checkpoint."""
     init_from: str | None = None
-    """Start from these weights: a run, a checkpoint, a Hugging Face folder, or gpt2, gpt2-medium, ..."""
+    """Start from these weights: a run, a checkpoint, another project's, or gpt2, gpt2-medium, ..."""
 
     max_steps: int = 2000
     """Optimizer steps in all."""
@@ -140,6 +142,10 @@ class TrainConfig:
     """Steps between evaluations; the last step is always evaluated."""
     eval_tokens: int | None = 131_072
     """Validation tokens per evaluation, always the same ones; None is the whole validation split."""
+    hellaswag: Path | None = None
+    """Evaluate on these HellaSwag examples, a jsonl file with `ctx`, `endings` and `label`."""
+    hellaswag_every: int = 1000
+    """Steps between evaluations on HellaSwag; the last step is always evaluated."""
     checkpoint_every: int = 500
     """Steps between checkpoints; the best and the last step are always kept."""
     sample_tokens: int = 300
@@ -148,7 +154,14 @@ class TrainConfig:
     """How that sample starts."""
 
     def __post_init__(self) -> None:
-        positive = ("max_steps", "batch_size", "log_every", "eval_every", "checkpoint_every")
+        positive = (
+            "max_steps",
+            "batch_size",
+            "log_every",
+            "eval_every",
+            "checkpoint_every",
+            "hellaswag_every",
+        )
         for name in positive:
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("micro_batch_size", "eval_tokens"):

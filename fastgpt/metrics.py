@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from fastgpt.train import Trainer
 
 METRICS = "metrics.jsonl"
-KEYS = ("step", "tokens", "train_loss", "val_loss", "lr", "grad_norm", "tokens_per_s", "mfu", "seconds")
+KEYS = (
+    *("step", "tokens", "train_loss", "val_loss", "lr", "grad_norm", "tokens_per_s", "mfu", "seconds"),
+    *("hellaswag_acc", "hellaswag_acc_norm"),
+)
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
@@ -77,6 +80,11 @@ class MetricsLog:
                 f"step {row['step']:>6}   train loss {row['train_loss']:.4f}   "
                 f"val loss {row['val_loss']:.4f}   lr {row['lr']:.2e}   "
                 f"{row['tokens_per_s']:,.0f} tokens/s   MFU {format_mfu(row['mfu'])}"
+            )
+        if row["hellaswag_acc"] is not None:
+            self.say(
+                f"step {row['step']:>6}   HellaSwag acc {row['hellaswag_acc']:.4f}   "
+                f"acc_norm {row['hellaswag_acc_norm']:.4f}"
             )
 
     def sample(self, text: str, step: int) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -32,14 +33,33 @@ def _recomputed(function: Callable[..., Any], *args: Any, draws: bool = False) -
 class KVCache:
     """Keys and values of the tokens already seen, so that a new token costs one row of attention.
 
-    Two tensors (n_layer, B, block_size, H, D), filled up to `length`.
+    Two tensors (n_layer, B, capacity, H, D), allocated once and filled up to `length`.
+
+    Args:
+        config: of the model.
+        batch: sequences, B.
+        device, dtype: of the keys and values.
+        capacity: the most tokens it will hold; by default block_size.
     """
 
-    def __init__(self, config: GPTConfig, batch: int, *, device: torch.device, dtype: torch.dtype) -> None:
-        shape = (config.n_layer, batch, config.block_size, config.n_head, config.head_size)
+    def __init__(
+        self,
+        config: GPTConfig,
+        batch: int,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        capacity: int | None = None,
+    ) -> None:
+        capacity = config.block_size if capacity is None else capacity
+        shape = (config.n_layer, batch, capacity, config.n_head, config.head_size)
         self.k = torch.empty(shape, device=device, dtype=dtype)
         self.v = torch.empty(shape, device=device, dtype=dtype)
         self.length = 0
+
+    def take(self, rows: Tensor) -> None:
+        """Make row i of the batch what row `rows[i]` was, int64 (new B,): texts that go on differently."""
+        self.k, self.v = self.k.index_select(1, rows), self.v.index_select(1, rows)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store keys and values (B, T, H, D) after `length`; returns this layer's (B, length + T, H, D)."""
@@ -153,7 +173,7 @@ class Transformer(nn.Module):
 
 
 class GPT(nn.Module):
-    """The language model. The classifier's weights are the token embedding's.
+    """The language model. The classifier's weights are the token embedding's, unless config says otherwise.
 
     Args:
         config: its shape; the defaults are GPT-2 (124M).
@@ -164,7 +184,28 @@ class GPT(nn.Module):
         self.config = config
         self.transformer = Transformer(config)
         self.recompute_blocks = False
+        if not config.tied_head:
+            self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
         self._init_weights()
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str | Path, *, block_size: int | None = None, dropout: float | None = None
+    ) -> GPT:
+        """A trained model, on the CPU in fp32 and in evaluation mode.
+
+        Args:
+            name_or_path: gpt2, gpt2-medium, gpt2-large or gpt2-xl; or a run, a checkpoint, a Hugging Face
+                GPT-2 folder, a `ckpt.pt` of nanoGPT or a `.bin` of llm.c.
+            block_size: a shorter context than the file's.
+            dropout: for training on; by default that of a run or of nanoGPT's file, and 0 for the others.
+
+        Raises:
+            InputError: none of these, damaged, not GPT-2, or trained on a context shorter than block_size.
+        """
+        from fastgpt.pretrained import model_from, read_pretrained  # they need this module
+
+        return model_from(read_pretrained(str(name_or_path)), block_size=block_size, dropout=dropout)
 
     def _init_weights(self) -> None:
         """GPT-2's: normal(0, 0.02), and smaller into the residual stream, which sums 2 n_layer branches."""
@@ -193,6 +234,11 @@ class GPT(nn.Module):
         """(V, C), rows vocab_size.. are padding."""
         return self.transformer.wte.weight
 
+    @property
+    def classifier(self) -> Tensor:
+        """(V, C): the token embedding, or the weights of an untied head."""
+        return self.token_embedding if self.config.tied_head else self.lm_head.weight
+
     def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         """The normalised residual stream after the last block, (B, T, C), for token ids idx (B, T).
 
@@ -220,7 +266,7 @@ class GPT(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """(..., vocab_size) from (..., C): padded columns are cut off, so they can never be sampled."""
-        return F.linear(x, self.token_embedding)[..., : self.config.vocab_size]
+        return F.linear(x, self.classifier)[..., : self.config.vocab_size]
 
     def forward(
         self,
@@ -248,18 +294,23 @@ class GPT(nn.Module):
         if logits is not None:
             return logits, ops.cross_entropy(logits, targets, reduction=reduction)
         loss = ops.linear_cross_entropy(
-            x, self.token_embedding, targets, reduction=reduction, vocab_size=self.config.vocab_size
+            x, self.classifier, targets, reduction=reduction, vocab_size=self.config.vocab_size
         )
         return None, loss
 
     def num_params(self, *, embeddings: bool = True) -> int:
-        """Parameters, padding rows not counted; without `embeddings`, less the position embedding.
+        """Parameters, padding rows not counted; without `embeddings`, less those that only look rows up.
 
-        The token embedding always counts: it is the classifier's matrix too.
+        The position embedding is one; the token embedding is not where it is the classifier's matrix too.
         """
-        padding = (self.config.padded_vocab_size - self.config.vocab_size) * self.config.n_embd
+        config = self.config
+        matrices = 1 if config.tied_head else 2  # of vocab_size rows
+        padding = matrices * (config.padded_vocab_size - config.vocab_size) * config.n_embd
         total = sum(p.numel() for p in self.parameters()) - padding
-        return total if embeddings else total - self.transformer.wpe.weight.numel()
+        if embeddings:
+            return total
+        untied = (matrices - 1) * config.vocab_size * config.n_embd
+        return total - self.transformer.wpe.weight.numel() - untied
 
     def flops_per_token(self) -> int:
         """Floating point operations per token of a training step at full context.

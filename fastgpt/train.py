@@ -40,6 +40,7 @@ from fastgpt.model import GPT
 from fastgpt.optim import adamw, update
 from fastgpt.pretrained import Pretrained, load_weights, read_pretrained
 from fastgpt.schedule import learning_rate
+from fastgpt.tasks import HellaSwag
 
 _EVAL_BATCH_TOKENS = 4096  # larger batches use a CPU better; the logits of this many tokens fit anywhere
 
@@ -83,6 +84,7 @@ class Trainer:
             data.val, block_size, max_windows=limit, vocab_size=vocab_size, names=data.names["val"]
         ).share(self.world.rank, self.world.size)
         encode_prompt(data.tokenizer, config.sample_prompt)  # an error now, not after the training
+        self.hellaswag = HellaSwag.open(config.hellaswag, data.tokenizer) if config.hellaswag else None
         self.steps_done = 0
         self.seconds = 0.0  # of training, evaluations and checkpoints not counted
         self.val_loss: float | None = None  # of the weights as they are now
@@ -248,6 +250,7 @@ class Trainer:
             TrainingStopped: the loss is no longer finite.
         """
         config = self.config
+        benchmarks = (config.hellaswag_every,) if self.hellaswag else ()
         log: MetricsLog | Silent = Silent()
         if self.world.main:
             log = MetricsLog(self.out_dir, first_step=self.steps_done, total_steps=config.max_steps)
@@ -259,7 +262,7 @@ class Trainer:
                 while self.steps_done < config.max_steps and not stop(interrupted()):
                     loss, norm = self.step()
                     log.advance()
-                    if self._due(config.log_every, config.eval_every, config.checkpoint_every):
+                    if self._due(config.log_every, config.eval_every, config.checkpoint_every, *benchmarks):
                         self._look(loss, norm, log)
         finally:
             log.close()
@@ -279,7 +282,13 @@ class Trainer:
             val_loss = self.evaluate()
             improved = val_loss < self.best_val_loss
             self.best_val_loss = min(self.best_val_loss, val_loss)
-        log.log(step_row(self, loss.item(), norm.item(), (self.steps_done - first) / elapsed))
+        row = step_row(self, loss.item(), norm.item(), (self.steps_done - first) / elapsed)
+        if self.hellaswag and self._due(self.config.hellaswag_every):
+            model = sharding.whole_model(self.model, self.world)
+            if self.world.main:
+                with self.precision.autocast():
+                    row |= {f"hellaswag_{k}": v for k, v in self.hellaswag.evaluate(model).items()}
+        log.log(row)
         if improved or self._due(self.config.checkpoint_every):
             self.save()
         if self.val_loss is not None and self.config.sample_tokens:
