@@ -304,9 +304,10 @@ def adamw(model: nn.Module, config: TrainConfig) -> AdamW | torch.optim.AdamW:
         {"params": keep, "weight_decay": 0.0},
     ]
     options: dict[str, Any] = {"lr": config.learning_rate, "betas": config.betas, "eps": config.eps}
-    kernel = select("adamw_", None, decay[0].device) is not reference
     if isinstance(decay[0], DTensor):
         return torch.optim.AdamW(groups, fused=True, **options)
+    elements = sum(p.numel() for p in model.parameters())
+    kernel = select("adamw_", None, decay[0], elements=elements) is not reference
     if kernel or any(p.dtype != torch.float32 for p in model.parameters()):
         return AdamW(groups, max_grad_norm=config.grad_clip or math.inf, **options)
     return torch.optim.AdamW(groups, fused=True, **options)
