@@ -1,4 +1,4 @@
-"""The command line: `fastgpt prepare | train | sample | eval`."""
+"""The command line: `fastgpt prepare | train | sample | eval | inspect`."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from tyro.conf import Positional
 
 from fastgpt.config import CONFIG, PRESETS, TokenizerName, TrainConfig, override, preset
 from fastgpt.errors import InputError, TrainingStopped
+from fastgpt.inspect.command import inspect_command
 
 USAGE = f"""\
 fastgpt: train GPT-2 with hand-written kernels
@@ -28,6 +29,7 @@ fastgpt: train GPT-2 with hand-written kernels
   fastgpt train PRESET [options]         train; presets: {", ".join(PRESETS)}
   fastgpt sample RUN --prompt TEXT       write text with a trained model
   fastgpt eval RUN                       loss over a whole validation split
+  fastgpt inspect KERNEL --chip h100     a kernel's machine code and its limit on a chip, without a GPU
 
 `fastgpt COMMAND --help` lists the options of a command."""
 
@@ -319,6 +321,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": train_command,
     "sample": sample_command,
     "eval": eval_command,
+    "inspect": inspect_command,
 }
 
 

@@ -9,6 +9,8 @@ a HEURISTIC, and so is that threads of one warp stand for all.
 
 from __future__ import annotations
 
+import itertools
+import operator
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -65,6 +67,7 @@ def accesses(ptx: str, values: Sequence[Any] = (), *, warp: int = 0) -> list[Acc
 _REGISTER = re.compile(r"%[a-z]+\d+")
 _SIZES = {"b8": 1, "u8": 1, "s8": 1, "b16": 2, "u16": 2, "f16": 2, "b32": 4, "u32": 4, "s32": 4, "f32": 4}
 _WIDE = ("b64", "u64", "s64", "f64")
+_SIGNED = ("shr", "mul", "mad", "cvt", "div", "rem")  # what differs between signed and unsigned numbers
 
 
 class _Machine:
@@ -74,10 +77,14 @@ class _Machine:
         self.values = values
         zero = [0] * 32
         self.registers: dict[str, Lanes] = {
-            "%tid.x": [32 * warp + lane for lane in LANES], "%laneid": list(LANES), "%ntid.x": [1024] * 32,
-            "%nctaid.x": [1024] * 32, **{f"%{kind}.{axis}": zero for kind in ("tid", "ctaid") for axis in "yz"},
-            "%ctaid.x": zero, **{f"%ntid.{axis}": [1] * 32 for axis in "yz"},
-        }  # fmt: skip
+            "%tid.x": [32 * warp + lane for lane in LANES],
+            "%laneid": list(LANES),
+            "%ntid.x": [1024] * 32,
+            "%nctaid.x": [1024] * 32,
+            "%ctaid.x": zero,
+            **{f"%{kind}.{axis}": zero for kind in ("tid", "ctaid") for axis in "yz"},
+            **{f"%ntid.{axis}": [1] * 32 for axis in "yz"},
+        }
         self.symbols: dict[str, int] = {}
 
     def value(self, operand: str) -> Lanes | None:
@@ -117,8 +124,7 @@ class _Machine:
         function = _FUNCTIONS.get(name)
         if function is None:
             return None
-        unsigned = any(m.startswith(("u", "b")) for m in modifiers) and name in ("shr", "mul", "mad", "cvt", "div", "rem")
-        if unsigned:
+        if name in _SIGNED and any(m.startswith(("u", "b")) for m in modifiers):
             bits = 64 if any(m in _WIDE for m in modifiers[-1:]) else 32
             known = [[v & ((1 << bits) - 1) for v in r] for r in known]
         if name in ("mul", "mad") and "hi" in modifiers:
@@ -175,13 +181,32 @@ def _bfe(value: int, start: int, length: int) -> int:
     return value >> start & ((1 << length) - 1)
 
 
+def _divide(a: int, b: int) -> int:
+    """Towards zero."""
+    return abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1)
+
+
 _FUNCTIONS: dict[str, Any] = {
-    "mov": lambda a: a, "cvta": lambda a: a, "cvt": lambda a: a, "add": lambda a, b: a + b,
-    "sub": lambda a, b: a - b, "mul": lambda a, b: a * b, "mad": lambda a, b, c: a * b + c,
-    "shl": lambda a, b: a << b, "shr": lambda a, b: a >> b, "and": lambda a, b: a & b,
-    "or": lambda a, b: a | b, "xor": lambda a, b: a ^ b, "not": lambda a: ~a, "neg": lambda a: -a,
-    "min": min, "max": max, "bfe": _bfe, "div": lambda a, b: int(a / b), "rem": lambda a, b: a - b * int(a / b),
-}  # fmt: skip
+    "mov": lambda a: a,
+    "cvta": lambda a: a,
+    "cvt": lambda a: a,
+    "add": operator.add,
+    "sub": operator.sub,
+    "mul": operator.mul,
+    "mad": lambda a, b, c: a * b + c,
+    "shl": operator.lshift,
+    "shr": operator.rshift,
+    "and": operator.and_,
+    "or": operator.or_,
+    "xor": operator.xor,
+    "not": operator.invert,
+    "neg": operator.neg,
+    "min": min,
+    "max": max,
+    "bfe": _bfe,
+    "div": _divide,
+    "rem": lambda a, b: a - b * _divide(a, b),
+}
 
 
 def _bytes(opcode: str) -> int:
@@ -192,7 +217,7 @@ def _bytes(opcode: str) -> int:
 
 
 def _access(operation: str, size: int, addresses: Lanes, line: str) -> Access:
-    steps = [b - a for a, b in zip(addresses, addresses[1:], strict=False)]
+    steps = [b - a for a, b in itertools.pairwise(addresses)]
     common = max(set(steps), key=steps.count)
     stride = common if steps.count(common) > len(steps) // 2 else None
     touched = {a + offset for a in addresses for offset in range(0, size, min(size, 4))}

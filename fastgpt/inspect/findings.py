@@ -17,10 +17,15 @@ FMAS, FMA_SHARE = 8, 0.25
 
 
 def findings(
-    built: Built, fits: Occupancy, launch: Launch | None, limits: Bounds | None, touched: Sequence[Access], sms: int
+    built: Built,
+    fits: Occupancy,
+    launch: Launch | None,
+    limits: Bounds | None,
+    touched: Sequence[Access],
+    sms: int,
 ) -> list[str]:
     """All that apply, the gravest first."""
-    found = [
+    return [
         *_does_not_fit(built, fits),
         *_spills(built),
         *_no_tensor_cores(built),
@@ -30,14 +35,15 @@ def findings(
         *_few_warps(fits, limits),
         *_tail(fits, launch, sms),
     ]
-    return found
 
 
 def _does_not_fit(built: Built, fits: Occupancy) -> list[str]:
     if fits.blocks:
         return []
-    return [f"does not fit: one block asks for more than an SM has ({fits.limit}): {built.registers} registers a "
-            f"thread, {built.shared_bytes} bytes of shared memory"]  # fmt: skip
+    return [
+        f"does not fit: a block of {built.threads} threads asks for more than an SM has ({fits.limit}): "
+        f"{built.registers} registers a thread, {built.shared_bytes} bytes of shared memory"
+    ]
 
 
 def _spills(built: Built) -> list[str]:
@@ -46,17 +52,18 @@ def _spills(built: Built) -> list[str]:
         return []
     inside = sum(re.fullmatch(sass.LOCAL, i.name) is not None for i in built.code.body())
     where = f", {inside} in the main loop" if built.code.main_loop() else ""
-    return [
-        f"spills: {built.local_bytes} bytes a thread of local memory, {loads} loads and {stores} stores{where}"
-    ]
+    moves = f"{loads} loads and {stores} stores{where}"
+    return [f"spills: {built.local_bytes} bytes a thread of local memory, {moves}"]
 
 
 def _no_tensor_cores(built: Built) -> list[str]:
     if built.code.count(sass.TENSOR):
         return []
     if re.search(PRODUCTS, built.stages.get("ttgir", "")):
-        return ["no tensor cores: a matrix product is compiled to multiply-adds (fp32 operands with "
-                'input_precision="ieee", or a tile that is too small)']  # fmt: skip
+        return [
+            "no tensor cores: a matrix product is compiled to multiply-adds (fp32 operands with "
+            'input_precision="ieee", or a tile that is too small)'
+        ]
     loop = built.code.main_loop()
     if loop is None:
         return []
@@ -65,9 +72,9 @@ def _no_tensor_cores(built: Built) -> list[str]:
         fmas = sum(i.name in ("FFMA", "FFMA2") for i in body)
         functions = sum(i.kind == "sfu" for i in body)  # polynomials of elementwise functions are no products
         loads = sum(i.name in ("LDG", "LDS") for i in body)
-        if fmas >= FMAS and fmas >= FMA_SHARE * len(body) and loads * 2 >= fmas / 8 and not functions:
-            return [f"no tensor cores: {fmas} of the {len(body)} instructions of a loop are fp32 multiply-adds "
-                    f"{_at(body[0].source)}"]  # fmt: skip
+        if fmas >= FMAS and fmas >= FMA_SHARE * len(body) and loads >= fmas / 16 and not functions:
+            share = f"{fmas} of the {len(body)} instructions of a loop are fp32 multiply-adds"
+            return [f"no tensor cores: {share} {_at(body[0].source)}".strip()]
     return []
 
 
@@ -86,7 +93,9 @@ def _wasteful(name: str, unit: str, touched: Sequence[Access]) -> list[str]:
         if access.wasteful:
             apart = "" if access.stride is None else f", {access.stride} bytes apart"
             kind = "loads" if access.operation.startswith("ld") else "stores"
-            text = f"{kind} of {access.bytes} bytes{apart}: {access.cost} {unit} where {access.ideal} would do"
+            text = (
+                f"{kind} of {access.bytes} bytes{apart}: {access.cost} {unit} where {access.ideal} would do"
+            )
             text = f"{name}: {text} {_at(access.line)}".strip()
             found[text] = found.get(text, 0) + 1
     return [text if count == 1 else f"{text}, {count} times" for text, count in found.items()]
@@ -101,8 +110,10 @@ def _narrow(built: Built, touched: Sequence[Access]) -> list[str]:
         return []
     if not any(a.is_global and a.stride == a.bytes and a.bytes <= 4 for a in touched):
         return []
-    return [f"narrow accesses: {narrow} of the {total} bytes that a thread moves in a round go in pieces of 4 or "
-            "less, where 16 would need a quarter of the instructions"]  # fmt: skip
+    return [
+        f"narrow accesses: {narrow} of the {total} bytes that a thread moves in a round go in pieces of 4 or "
+        "less, where 16 would need a quarter of the instructions"
+    ]
 
 
 def _few_warps(fits: Occupancy, limits: Bounds | None) -> list[str]:

@@ -54,5 +54,5 @@ def _by_shared(limits: Limits, shared: int) -> int:
 
 
 def waves(programs: int, sms: int, blocks: int) -> float:
-    """How often all SMs are filled; 0.5 leaves half of the places empty, 2.1 runs most of a third wave empty."""
+    """How often all SMs are filled; 0.5 leaves half of the places empty, 2.1 most of a third wave."""
     return programs / (sms * blocks) if blocks else float("inf")

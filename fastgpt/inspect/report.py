@@ -82,15 +82,25 @@ def analyse(
 
 
 def products_of_round(ttgir: str) -> float:
-    """Flops of a round of the first loop with products of Blackwell's kind, whose machine code has no shapes."""
-    loop = re.search(r"\bscf\.(?:for|while)\b(?:(?!\bscf\.(?:for|while)\b)[\s\S])*?tc_gen5_mma[\s\S]*?scf\.yield", ttgir)
-    total = 0.0
-    for left, right in re.findall(
-        r"tc_gen5_mma\b[^\n]*?: !ttg\.memdesc<(\d+x\d+)x[^\n]*?!ttg\.memdesc<(\d+x\d+)x", loop[0] if loop else ""
-    ):
-        m, k = map(int, left.split("x"))
-        total += 2.0 * m * k * int(right.split("x")[1])
-    return total
+    """Flops of a round of the first loop with tcgen05 products, whose machine code has no shapes."""
+    operands = r"tc_gen5_mma\b[^\n]*?: !ttg\.memdesc<(\d+)x(\d+)x[^\n]*?!ttg\.memdesc<\d+x(\d+)x"
+    for loop in re.findall(r"\bscf\.(?:for|while)\b[\s\S]*?(?=\bscf\.(?:for|while)\b|\Z)", ttgir):
+        if products := re.findall(operands, _inside(loop)):
+            return float(sum(2 * int(m) * int(k) * int(n) for m, k, n in products))
+    return 0.0
+
+
+def _inside(loop: str) -> str:
+    """A loop's lines: until one is indented no more than its first."""
+    lines = loop.splitlines()
+    body = next((line for line in lines[1:] if line.strip()), "")
+    indent = len(body) - len(body.lstrip())
+    kept = []
+    for line in lines[1:]:
+        if line.strip() and len(line) - len(line.lstrip()) < indent:
+            break
+        kept.append(line)
+    return "\n".join(kept)
 
 
 def text(analysis: Analysis) -> str:
@@ -99,15 +109,15 @@ def text(analysis: Analysis) -> str:
     code, loop = built.code, built.code.main_loop()
     body = code.body()
     constants = " ".join(f"{key}={value}" for key, value in built.constants.items())
-    lines = [f"{analysis.title} on {analysis.chip.name} (sm_{built.sm})", f"  {constants}" if constants else ""]
     assumed = ", assumed: see --block" if built.threads_are == "assumed" else ""
-    lines.append(
-        f"  {built.registers} registers, {built.local_bytes} bytes spilled, {built.shared_bytes} bytes of shared "
-        f"memory, {built.threads} threads{assumed}"
-    )
-    lines.append(
-        f"  occupancy {fits.share:.0%}: {fits.blocks} blocks, {fits.warps} warps of an SM, limited by {fits.limit}"
-    )
+    lines = [
+        f"{analysis.title} on {analysis.chip.name} (sm_{built.sm})",
+        f"  {constants}" if constants else "",
+        f"  {built.registers} registers, {built.local_bytes} bytes spilled, {built.shared_bytes} bytes of "
+        f"shared memory, {built.threads} threads{assumed}",
+        f"  occupancy {fits.share:.0%}: {fits.blocks} blocks, {fits.warps} warps of an SM, limited by "
+        f"{fits.limit}",
+    ]
     if analysis.launch is not None and fits.blocks:
         count = waves(analysis.launch.programs, analysis.chip.sms, fits.blocks)
         lines.append(f"  {analysis.launch.programs} blocks: {count:.2f} waves of {analysis.chip.sms} SMs")
@@ -180,7 +190,9 @@ def compared(analyses: Sequence[Analysis], columns: Sequence[str]) -> str:
     for name in names:
         found = [a.bounds.seconds.get(name) if a.bounds else None for a in analyses]
         rows.append((f"us, {name}", ["-" if s is None else f"{s * 1e6:.2f}" for s in found]))
-    rows.append(("computed ceiling, us", [f"{a.bounds.ceiling * 1e6:.2f}" if a.bounds else "-" for a in analyses]))
+    rows.append(
+        ("computed ceiling, us", [f"{a.bounds.ceiling * 1e6:.2f}" if a.bounds else "-" for a in analyses])
+    )
     rows.append(("by", [a.bounds.binding if a.bounds else "-" for a in analyses]))
     rows.append(("TFLOP/s", [_number(a.bounds.tflops) if a.bounds else "-" for a in analyses]))
     rows.append(("GB/s", [_number(a.bounds.gbytes) if a.bounds else "-" for a in analyses]))

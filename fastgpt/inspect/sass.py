@@ -19,7 +19,8 @@ KINDS = {
     "sfu": r"MUFU|POPC|FLO|BREV",
     "convert": r"F2F|F2I|I2F|FRND|I2I|F2IP",
     "shuffle": r"SHFL|REDUX|MATCH",
-    "memory": r"LDG|STG|LDS|STS|LDSM|STSM|LDGSTS|LDL|STL|LD|ST|ATOM[GS]?|RED|REDG|LDC|LDTM|STTM|UTMA[A-Z]*|UBLK[A-Z]*",
+    "memory": r"LDG|STG|LDS|STS|LDSM|STSM|LDGSTS|LDL|STL|LD|ST|ATOM[GS]?|RED|REDG|LDC|LDTM|STTM|UTMA[A-Z]*|"
+    r"UBLK[A-Z]*",
     "barrier": r"BAR|DEPBAR|LDGDEPBAR|WARPSYNC|MEMBAR|FENCE|SYNCS|WARPGROUP|UTC[A-Z]*|ERRBAR|BSYNC|BSSY|CCTL|"
     r"UCGABAR_[A-Z]+|ARRIVES|ACQBULK|B2R",
     "control": r"BRA|BRX|BRXU|JMP|CALL|RET|EXIT|NOP|YIELD|NANOSLEEP|ELECT|BREAK|BMOV|KILL|BPT|RPCMOV|PREEXIT",
@@ -69,7 +70,7 @@ class Instruction:
 
     @property
     def flops(self) -> int:
-        """Of one warp's part of a tensor core instruction; 0 where the instruction does not tell (UTCHMMA)."""
+        """Of a warp's part of a tensor core instruction; 0 where the instruction does not tell (UTCHMMA)."""
         if self.kind != "tensor":
             return 0
         if shape := re.search(r"\.(\d+)x(\d+)x(\d+)", self.opcode):  # a group of four warps
@@ -110,7 +111,9 @@ class Code:
         """
         best, best_score = None, (0, 0, 0)
         for loop in self.loops:
-            own = [self.instructions[i] for i in range(loop.first, loop.last + 1) if not self._deeper(i, loop)]
+            own = [
+                self.instructions[i] for i in range(loop.first, loop.last + 1) if not self._deeper(i, loop)
+            ]
             tensor = sum(i.kind == "tensor" for i in own)
             moved = sum(i.width for i in own if i.is_global)
             score = (tensor, moved, -len(own) if tensor or moved else len(own))
@@ -210,7 +213,11 @@ def _loops(instructions: Sequence[Instruction], labels: dict[str, int]) -> list[
     ends: dict[int, int] = {}
     for position, instruction in enumerate(instructions):
         target = re.search(r"`\((\.L_x_\d+)\)", instruction.operands)
-        if instruction.name in ("BRA", "CALL", "JMP") and target and labels.get(target[1], position) < position:
+        if (
+            instruction.name in ("BRA", "CALL", "JMP")
+            and target
+            and labels.get(target[1], position) < position
+        ):
             first = labels[target[1]]
             body = instructions[first : position + 1]
             waits = len(body) <= 8 and any(i.name == "SYNCS" for i in body)

@@ -27,7 +27,7 @@ ROUNDS = 6  # of a loop: by then each takes as long as the one before
 
 
 def clocks(instruction: Instruction, chip: Chip) -> float:
-    """What an instruction of one warp takes of its pipe on an SM, in clocks; 0 for what has no pipe of its own."""
+    """What an instruction of one warp takes of its pipe on an SM, in clocks; 0 for what has no own pipe."""
     lanes, kind = chip.limits.lanes, instruction.kind
     if kind == "tensor":
         peak = chip.peaks[instruction.precision]
@@ -55,12 +55,19 @@ class _Warp:
     product_groups: deque[float] = field(default_factory=lambda: deque(maxlen=64))
 
     def run(self, i: Instruction) -> None:
-        stall, writes, reads, waits = (i.control & 15, i.control >> 5 & 7, i.control >> 8 & 7, i.control >> 11)
+        stall, writes, reads, waits = (
+            i.control & 15,
+            i.control >> 5 & 7,
+            i.control >> 8 & 7,
+            i.control >> 11,
+        )
         ready = [self.barriers[b] for b in range(6) if waits >> b & 1]
         start = max([self.now, self.pipes.get(i.kind, 0.0), *ready])
         if i.name in ("DEPBAR", "WARPGROUP"):
             start = max(start, self._older(i))
-        busy = clocks(i, self.chip) * PARTITIONS  # a warp has one quarter; a wgmma is counted for each of four
+        busy = (
+            clocks(i, self.chip) * PARTITIONS
+        )  # a warp has one quarter; a wgmma is counted for each of four
         self.pipes[i.kind] = start + busy
         done = start + self._latency(i, busy)
         if writes < 6:
@@ -92,7 +99,7 @@ class _Warp:
 
     def _older(self, i: Instruction) -> float:
         """When all groups but the newest N are done, for a wait that allows N to be under way."""
-        allowed = re.search(r"\.LE (?:SB0|gsb0), (0x[0-9a-f]+)", f"{i.opcode} {i.operands}".replace("LE  ", "LE "))
+        allowed = re.search(r"(?:SB0|gsb0), (0x[0-9a-f]+)", i.operands)
         groups = list(self.product_groups if i.name == "WARPGROUP" else self.groups)
         if allowed is None:
             return 0.0

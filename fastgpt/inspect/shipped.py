@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 import fastgpt.kernels
 from fastgpt.chips import Chip
 from fastgpt.errors import InputError
@@ -23,7 +21,7 @@ from fastgpt.inspect.work import work
 from fastgpt.kernels.examples import Example
 from fastgpt.kernels.launch import FAMILIES, capture
 from fastgpt.kernels.launch import Chip as Target
-from fastgpt.kernels.tune import listing, trying
+from fastgpt.kernels.tune import Offer, listing, trying
 
 # What an example can require of the machine code.
 TENSOR_CORES = {80: r"\bHMMA\.", 90: r"\b[HQ]GMMA\.", 100: r"\bUTC[HQ]MMA", 120: r"\bHMMA\."}
@@ -90,6 +88,11 @@ def examples(module: str) -> list[Example]:
     return list(importlib.import_module(f"fastgpt.kernels.{module}").examples())
 
 
+def usual(module: str) -> list[Example]:
+    """The examples that stand for the rest: those compiled for every chip, or all where there are none."""
+    return [e for e in examples(module) if e.every_chip] or [e for e in examples(module) if not e.slow]
+
+
 def family(chip: Chip) -> int:
     """The family whose launch choices a chip gets."""
     return max(known for known in FAMILIES if known <= max(chip.sm, FAMILIES[0]))
@@ -118,8 +121,8 @@ def select(name: str, chip: Chip, wanted: str | None = None) -> list[Call]:
     found = [
         call
         for module in chosen
-        for example in examples(module)
-        if (example.every_chip or module in chosen[:1] == [name] if wanted is None else wanted in example.name)
+        for example in (usual(module) if wanted is None else examples(module))
+        if wanted is None or wanted in example.name
         for call in calls(module, example, chip)
         if name in modules() or call.name.lstrip("_") == name.lstrip("_")
     ]
@@ -134,7 +137,7 @@ def select(name: str, chip: Chip, wanted: str | None = None) -> list[Call]:
 
 
 def _kernels(chip: Chip) -> set[str]:
-    every = [(m, e) for m in modules() for e in examples(m) if e.every_chip]
+    every = [(module, example) for module in modules() for example in usual(module)]
     return {call.name.lstrip("_") for module, example in every for call in calls(module, example, chip)}
 
 
@@ -157,19 +160,16 @@ def missing(requirements: Sequence[str], built: build.Built) -> list[str]:
     return [requirement for requirement in requirements if not met[requirement]]
 
 
-def choices(module: str, example: Example, chip: Chip) -> dict[str, Sequence[Any]]:
-    """What tuning may try for an example, by the name of the choice."""
-    with (
-        capture(Target(family(chip), chip.sms), lambda *launch: None),
-        listing() as asked,
-    ):
+def choices(module: str, example: Example, chip: Chip) -> dict[str, Offer]:
+    """The launch choices that an example makes, by name."""
+    with capture(Target(family(chip), chip.sms), lambda *launch: None), listing() as asked:
         example.call()
     return dict(asked)
 
 
 def candidates(module: str, example: Example, chip: Chip) -> Iterator[list[Call]]:
     """The launches of an example for each choice that tuning may make."""
-    for name, offered in choices(module, example, chip).items():
-        for candidate in offered:
+    for name, offer in choices(module, example, chip).items():
+        for candidate in offer.candidates:
             with trying(name, candidate):
                 yield calls(module, example, chip)

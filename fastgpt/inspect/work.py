@@ -136,4 +136,3 @@ _SPECIAL: dict[str, Callable[[Arguments, float, Any], Work]] = {
     "_tokens_backward": _tokens_backward,
     "_row": _row,
 }
-
