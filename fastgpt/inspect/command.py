@@ -219,16 +219,15 @@ def _shipped(given: InspectArgs, name: str, one: Chip, changed: dict[str, Any]) 
 def _compare(given: InspectArgs, first: Chip) -> None:
     from fastgpt.inspect.report import compared
 
+    others: list[tuple[Chip, dict[str, Any]]] = [
+        (first, _constants(other.split(","), "--compare")) if "=" in other else (chip(other), {})
+        for other in given.compare
+    ]
     for name in given.kernels:
-        columns, sides = [first.name], [analyses(given, name, first)]
-        for other in given.compare:
-            if "=" in other:
-                sides.append(analyses(given, name, first, _constants(other.split(","), "--compare")))
-            else:
-                sides.append(analyses(given, name, chip(other)))
-            columns.append(other)
-        for row in zip(*sides, strict=True):
-            print(f"{row[0].title}\n{compared(row, columns)}\n")
+        # From the last to the first: what cannot be compared is an error before anything is compiled.
+        sides = [analyses(given, name, *other) for other in reversed(others)]
+        for row in zip(analyses(given, name, first), *reversed(sides), strict=True):
+            print(f"{row[0].title}\n{compared(row, [first.name, *given.compare])}\n")
 
 
 def _show(given: InspectArgs, found: Sequence[Analysis]) -> None:

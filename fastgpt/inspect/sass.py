@@ -220,7 +220,7 @@ def _loops(instructions: Sequence[Instruction], labels: dict[str, int]) -> list[
         ):
             first = labels[target[1]]
             body = instructions[first : position + 1]
-            waits = len(body) <= 8 and any(i.name == "SYNCS" for i in body)
+            waits = any(i.name == "SYNCS" for i in body) and {i.kind for i in body} <= {*OTHERS, "alu"}
             if not waits:
                 ends[first] = max(ends.get(first, 0), position)
     found = [Loop(first, last) for first, last in sorted(ends.items())]

@@ -1,9 +1,9 @@
-"""What the package's Triton kernels compile to, recorded in tests/inspect/shipped.json for CI to compare with.
+"""What the package's Triton kernels compile to, as tests/inspect/shipped.json records it for CI.
 
-    python -m fastgpt.inspect.table [kernel files] [--families 80 90 100 120] [--write | --json] [--candidates]
+    python -m fastgpt.inspect.table [kernel files] [--families 80 90 ...] [--write | --json] [--candidates]
 
-By default all examples that are not slow are compiled for sm_90, and those that stand for the others for every
-family; `make inspect-table` records all that are not slow for every family.
+By default all examples that are not slow are compiled for sm_90, and those that stand for the others for
+every family; `make inspect-table` records all that are not slow for every family.
 """
 
 from __future__ import annotations

@@ -56,9 +56,7 @@ def copied(name: str) -> list[Analysis]:
 
 def attention() -> Any:
     """The tutorial's: batch 4, 32 heads of 64, 1024 tokens, causal, fp16."""
-    return attention_forward(
-        meta(4, 1024, 3, 32, 64, dtype=torch.float16), None, None, None, 0.0, None, None
-    )
+    return attention_forward(meta(4, 1024, 3, 32, 64, dtype=torch.float16), None, None, None, 0.0, None, None)
 
 
 def norm_backward() -> Any:
@@ -106,8 +104,8 @@ def results() -> list[dict[str, Any]]:
 def line(r: dict[str, Any]) -> str:
     """A row of the table of docs/inspect.md."""
     return (
-        f"| {r['name']} | {r['chip']} | {r['published']:g} {r['unit']} | {r['ceiling']:.0f} ({r['binding']}) | "
-        f"{r['ratio']:.2f} | {r['source']} |"
+        f"| {r['name']} | {r['chip']} | {r['published']:g} {r['unit']} | {r['ceiling']:.0f} ({r['binding']}) "
+        f"| {r['ratio']:.2f} | {r['source']} |"
     )
 
 

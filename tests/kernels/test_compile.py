@@ -1,4 +1,4 @@
-"""Every kernel compiles for every chip family, without a GPU, into the code that was meant and is recorded."""
+"""Every kernel compiles for every chip family, without a GPU, into the code that was meant."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def check(results: dict[str, dict[str, Any]]) -> None:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_compiles(module: str) -> None:
-    """All examples for sm_90, and those that cover each kernel once for every family: as they are recorded."""
+    """All examples for sm_90, those that cover each kernel once for every family: as recorded."""
     results, compiler = compiled(module)
     check(results)
     assert not compare(results, json.loads(TABLE.read_text()), compiler)
