@@ -13,7 +13,7 @@ import itertools
 import operator
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 LANES = range(32)
@@ -34,6 +34,7 @@ class Access:
     ideal: int
     stride: int | None  # bytes between neighbouring threads, where it is the same for most
     line: str  # of the source, empty where it is not known
+    touched: frozenset[int]  # the bytes, as addresses of pieces of 4 or less
 
     @property
     def is_global(self) -> bool:
@@ -41,8 +42,15 @@ class Access:
 
     @property
     def wasteful(self) -> bool:
-        """Twice what is needed, or more."""
-        return self.cost >= 2 * self.ideal
+        """Twice what is needed, or more, and of global memory more than 32 neighbours of 4 bytes take."""
+        return self.cost >= 2 * self.ideal and (self.cost > 4 or not self.is_global)
+
+    def beside(self, other: Access) -> Access:
+        """Both as one: a thread may read its neighbouring bytes in several instructions."""
+        both = self.touched | other.touched
+        useful = len(both) * min(self.bytes, 4)
+        cost = len({address // SECTOR for address in both})
+        return replace(self, cost=cost, ideal=-(-useful // SECTOR), touched=both)
 
 
 def accesses(ptx: str, values: Sequence[Any] = (), *, warp: int = 0) -> list[Access]:
@@ -223,12 +231,12 @@ def _access(operation: str, size: int, addresses: Lanes, line: str) -> Access:
     touched = {a + offset for a in addresses for offset in range(0, size, min(size, 4))}
     if "global" in operation:
         sectors = {a // SECTOR for a in touched}
-        useful = len(set(addresses)) * size
-        return Access(operation, size, len(sectors), -(-useful // SECTOR), stride, line)
+        useful = len(touched) * min(size, 4)
+        return Access(operation, size, len(sectors), -(-useful // SECTOR), stride, line, frozenset(touched))
     # A pass serves 128 bytes: all threads if they access 4 bytes each, eight threads of 16.
     together = max(128 // max(size, 4), 1)
     passes = 0
     for first in range(0, 32, together):
         words = {(a + o) // 4 for a in addresses[first : first + together] for o in range(0, size, 4)}
         passes += max(sum(word % BANKS == bank for word in words) for bank in range(BANKS))
-    return Access(operation, size, passes, -(-32 // together), stride, line)
+    return Access(operation, size, passes, -(-32 // together), stride, line, frozenset(touched))

@@ -74,7 +74,7 @@ def inspect_command(args: Sequence[str]) -> None:
         config=(tyro.conf.OmitArgPrefixes,),
     )
     _check(given)
-    chips = [chip(name) for name in given.chip]
+    chips = [_chip(name) for name in given.chip]
     from fastgpt.inspect import build
 
     if any(not _is_cuda(name) for name in given.kernels) or not given.kernels:
@@ -103,6 +103,16 @@ def _check(given: InspectArgs) -> None:
         raise InputError(f"--num-warps {given.num_warps}: it must be 1, 2, 4, 8, 16 or 32")
     if given.sweep is not None and (given.kernels or given.compare):
         raise InputError("--sweep stands alone, without kernels and --compare")
+
+
+def _chip(name: str) -> Chip:
+    """Raises:
+    InputError: there is none, or Triton and the package's kernels have nothing for it.
+    """
+    found = chip(name)
+    if found.sm < 80:
+        raise InputError(f"chip {name}: compute capability 8.0 or newer can be inspected")
+    return found
 
 
 def _is_cuda(name: str) -> bool:
@@ -220,7 +230,7 @@ def _compare(given: InspectArgs, first: Chip) -> None:
     from fastgpt.inspect.report import compared
 
     others: list[tuple[Chip, dict[str, Any]]] = [
-        (first, _constants(other.split(","), "--compare")) if "=" in other else (chip(other), {})
+        (first, _constants(other.split(","), "--compare")) if "=" in other else (_chip(other), {})
         for other in given.compare
     ]
     for name in given.kernels:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from fastgpt.inspect import sass
 from fastgpt.inspect.addresses import Access
@@ -79,7 +81,16 @@ def _no_tensor_cores(built: Built) -> list[str]:
 
 
 def _uncoalesced(touched: Sequence[Access]) -> list[str]:
-    return _wasteful("uncoalesced", "sectors", [a for a in touched if a.is_global])
+    """Accesses of one kind and place count together where they are of the same bytes' neighbours."""
+    groups: dict[tuple[Any, ...], list[Access]] = {}
+    for access in touched:
+        if access.is_global:
+            groups.setdefault((access.operation, access.bytes, access.stride, access.line), []).append(access)
+    found = []
+    for group in groups.values():
+        together = functools.reduce(Access.beside, group)
+        found += [access for access in group if access.wasteful and 2 * together.ideal <= together.cost]
+    return _wasteful("uncoalesced", "sectors", found)
 
 
 def _bank_conflicts(touched: Sequence[Access]) -> list[str]:
@@ -130,7 +141,9 @@ def _tail(fits: Occupancy, launch: Launch | None, sms: int) -> list[str]:
     part = count % 1
     if count < 1 or count > 4 or part == 0 or part > 0.5:
         return []
-    return [f"tail: {count:.2f} waves of {sms * fits.blocks} blocks, the last of which is {part:.0%} full"]
+    places = sms * fits.blocks
+    rest = launch.programs % places
+    return [f"tail: {launch.programs} blocks on {places} places: the last {rest} run almost alone"]
 
 
 def _at(source: str) -> str:

@@ -53,6 +53,15 @@ def test_one_access(body: str, bytes_: int, cost: int, ideal: int, stride: int |
     assert found.wasteful == (cost >= 2 * ideal)
 
 
+def test_neighbours_in_two_instructions() -> None:
+    """Eight bytes of every sixteen are half a sector wasted, unless the next instruction takes the others."""
+    body = "shl.b32 %r3, %r2, 4;\n cvt.s64.s32 %rd2, %r3;\n add.s64 %rd3, %rd1, %rd2;\n"
+    first = touched(body + "ld.global.b64 %rd4, [%rd3];")
+    second = touched(body + "ld.global.b64 %rd4, [%rd3+8];")
+    assert first.wasteful and second.wasteful
+    assert not first.beside(second).wasteful and first.beside(first).wasteful
+
+
 def test_unknown_addresses_are_left_out() -> None:
     """One that is loaded, and one that comes of it; a register that is written again is forgotten."""
     body = """

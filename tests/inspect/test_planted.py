@@ -126,6 +126,7 @@ def test_one_page(tmp_path: Path) -> None:
     [
         (["gelu_forwrd"], "no kernel 'gelu_forwrd': did you mean 'gelu_forward'?"),
         (["gelu", "--chip", "h1000"], "no chip 'h1000': choose one of a100, "),
+        (["gelu", "--chip", "t4"], "chip t4: compute capability 8.0 or newer"),
         (["missing.py:kernel"], "missing.py: no such file"),
         (["missing.cu"], "missing.cu: no such file"),
         (["SLOW:matmul"], "has no Triton kernel 'matmul': it has slow_matmul, copy"),
