@@ -9,7 +9,7 @@ CSRC   := $(shell find csrc -type f)
 CXX_FILES := $(filter %.h %.cpp %.cu %.cuh,$(CSRC) $(wildcard tests/cuda/* tests/cuda/emulator/*))
 
 .DEFAULT_GOAL := help
-.PHONY: help train install test test-gpu test-slow sanitize mutants inspect-table lint format clean
+.PHONY: help train install test test-gpu test-slow sanitize mutants inspect-table bench bench-gpu lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -54,6 +54,28 @@ mutants: install  ## break the code in known ways, one at a time, and see that a
 
 inspect-table: install  ## record what the Triton kernels compile to, which tests compare with (an hour)
 	$(BIN)/python -m fastgpt.inspect.table --families 80 90 100 120 --write $(ARGS)
+
+# Named by the day, so that the same command goes on with what was interrupted.
+RUN       := $(or $(RUN),$(shell date -u +%Y%m%d))
+BENCH_DIR ?= runs/bench-$(RUN)
+BENCH     := $(BIN)/fastgpt bench
+THIS_RUN   = --out $(BENCH_DIR) --run $(RUN) --resume
+
+bench: install  ## time operations, training and generation on this machine, under 10 minutes; writes a report
+	-$(BENCH) ops --shapes quick --budget 240 $(THIS_RUN)
+	-$(BENCH) train --budget 150 $(THIS_RUN)
+	-$(BENCH) generate --budget 60 $(THIS_RUN)
+	@$(BENCH) report $(BENCH_DIR) --out $(BENCH_DIR)/report
+	@$(BENCH) summary $(BENCH_DIR)
+
+bench-gpu: install  ## everything on this machine's GPU, most important first, under 10 minutes, resumable
+	-$(BENCH) train --device cuda --preset gpt2 --budget 150 $(THIS_RUN)
+	-$(BENCH) ops --device cuda --shapes gpt2 --budget 200 $(THIS_RUN)
+	-$(BENCH) ladder --device cuda --budget 90 $(THIS_RUN)
+	-$(BENCH) generate --device cuda --budget 40 $(THIS_RUN)
+	@$(BENCH) report $(BENCH_DIR) --out $(BENCH_DIR)/report
+	@$(BENCH) summary $(BENCH_DIR)
+	-$(BENCH) ops --device cuda --contenders compile-max-autotune --budget 60 --out $(BENCH_DIR) --run $(RUN)-autotune --resume
 
 lint: install  ## ruff, clang-format and mypy
 	$(BIN)/ruff check .

@@ -158,10 +158,16 @@ def extension() -> dict[str, Any]:
 
 
 setup(
-    packages=[*find_packages(include=["fastgpt", "fastgpt.*"]), "fastgpt.kernels", "fastgpt.benchmarks"],
+    packages=[
+        *find_packages(include=["fastgpt", "fastgpt.*"]),
+        *("fastgpt.kernels", "fastgpt.benchmarks", "fastgpt.benchmarks.report"),
+    ],
     # The Triton kernels and the benchmarks are top-level folders here, for readers; installed, they belong to
     # the package: a top-level `kernels` in site-packages would collide with the PyPI package of that name.
     package_dir={"fastgpt.kernels": "kernels", "fastgpt.benchmarks": "benchmarks"},
-    package_data={"fastgpt": ["py.typed", "chips.yaml"]},
+    package_data={
+        "fastgpt": ["py.typed", "chips.yaml", "ops/measured.json"],
+        "fastgpt.benchmarks.report": ["page.*"],
+    },
     **extension(),
 )

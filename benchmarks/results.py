@@ -60,7 +60,8 @@ class Row:
     outliers: int | None = None
     """Rounds beyond 1.5 interquartile ranges from the quartiles."""
     ratio: float | None = None
-    """Median over rounds of the baseline's time over this contender's in the same round: above 1 is faster."""
+    """Median over rounds of the baseline's time over this one's in the same round: above 1 is faster. Of the
+    baseline itself: over a second timing of it, so that p20 and p80 show what noise does to a ratio."""
     ratio_p20: float | None = None
     ratio_p80: float | None = None
     baseline: str | None = None
@@ -107,6 +108,17 @@ def machine_name(device_name: str, threads: int) -> str:
     name = re.sub(r"\((?:r|tm)\)|cpu|processor|@.*", " ", device_name.lower())
     slug = "-".join(re.findall(r"[a-z0-9.]+", name)) or "machine"
     return slug if "nvidia" in slug else f"{slug}-{threads}-cores"
+
+
+def path_of(out: Path, machine: str, run: str) -> Path:
+    """The file that holds the rows of one run, of all suites."""
+    return out / machine / f"{run}.csv"
+
+
+def newest_run(out: Path, machine: str) -> str | None:
+    """The name of the run that wrote to this machine's folder last; None if none did."""
+    files = sorted((out / machine).glob("*.csv"), key=lambda path: path.stat().st_mtime)
+    return files[-1].stem if files else None
 
 
 def append(rows: Iterable[Row], path: Path) -> None:

@@ -3,6 +3,7 @@
 RUN/checkpoints/step-000500/
     model.safetensors       weights
     training.safetensors    optimizer and random generator states
+    optimizer/              the optimizer's states instead, where they are split over ranks: a file of each
     config.json             GPTConfig
     tokenizer.json          the tokenizer
     state.json              step, losses, data fingerprint, gradient scaler
@@ -17,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ from fastgpt.files import fsync, sha256_of
 
 FOLDER = "checkpoints"
 SUMS = "SHA256SUMS"
+SHARDS = "optimizer"
 _PREFIX = "step-"
 _UNFINISHED = ".writing-"
 _KEEP_LAST = 2
@@ -65,22 +68,28 @@ def save(
     state: dict[str, Any],
     model: dict[str, Tensor],
     training: dict[str, Tensor],
+    write_shards: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write the checkpoint of step `state["step"]`, then delete those no longer kept. Returns its folder.
+
+    `write_shards`, with which other ranks write their parts, is called with the folder for them.
 
     Raises:
         InputError: it could not be written (a full disk, for one); earlier checkpoints are untouched.
     """
-    final = run / FOLDER / f"{_PREFIX}{state['step']:06d}"
+    final = path_of(run, state["step"])
     if final.exists():
         return final  # complete, and training is deterministic: it holds the same bits
-    unfinished = final.with_name(_UNFINISHED + final.name)
+    unfinished = _unfinished(final)
     remove_unfinished(run)
     try:
         unfinished.mkdir(parents=True)
         (unfinished / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
         (unfinished / "state.json").write_text(json.dumps(state, indent=2) + "\n")
         save_tokenizer(tokenizer, unfinished)
+        if write_shards is not None:
+            (unfinished / SHARDS).mkdir()
+            write_shards(unfinished / SHARDS)
         save_file(model, unfinished / "model.safetensors")
         save_file(training, unfinished / "training.safetensors")
         _write_sums(unfinished)
@@ -95,10 +104,25 @@ def save(
     return final
 
 
+def path_of(run: Path, step: int) -> Path:
+    """The folder that the checkpoint of that step has, or would have."""
+    return run / FOLDER / f"{_PREFIX}{step:06d}"
+
+
+def shards_of(run: Path, step: int) -> Path:
+    """Where the ranks put their parts while the checkpoint of that step is being written."""
+    return _unfinished(path_of(run, step)) / SHARDS
+
+
+def _unfinished(final: Path) -> Path:
+    return final.with_name(_UNFINISHED + final.name)
+
+
 def _write_sums(folder: Path) -> None:
-    lines = [f"{sha256_of(path)}  {path.name}\n" for path in sorted(folder.iterdir())]
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    lines = [f"{sha256_of(path)}  {path.relative_to(folder)}\n" for path in files]
     (folder / SUMS).write_text("".join(lines))
-    for path in folder.iterdir():
+    for path in folder.rglob("*"):
         fsync(path)
     fsync(folder)
 
@@ -207,23 +231,69 @@ def _offer_another(path: Path) -> str:
     return "There is no other intact checkpoint in this run."
 
 
+def model_tensors(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, *, keep: bool = True
+) -> dict[str, Tensor]:
+    """The weights by name; in fp32 where the optimizer keeps masters of what the model has rounded.
+
+    Where they are split over ranks all of them take part, and those that `keep` get them whole.
+    """
+    from fastgpt.sharding import whole  # slow to import, and for training only
+
+    masters = {name: optimizer.state.get(p, {}).get("master", p) for name, p in model.named_parameters()}
+    return {
+        name: whole(masters.get(name, value).detach(), keep=keep).float()
+        for name, value in model.state_dict().items()
+    }
+
+
 def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state by parameter name: `transformer.wte.weight:exp_avg`, ..."""
+    """The optimizer's state by parameter name, `transformer.wte.weight:exp_avg`, ..., less the masters."""
     return {
         f"{name}:{key}": value
         for name, p in model.named_parameters()
         for key, value in optimizer.state.get(p, {}).items()
+        if key != "master"
     }
 
 
+def read_optimizer_tensors(
+    model: torch.nn.Module, saved: Checkpoint, tensors: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """What `optimizer_tensors` had, split as the model is, however it was split when it was saved.
+
+    Args:
+        model: whose parameters the tensors belong to.
+        saved: the checkpoint.
+        tensors: of its training.safetensors, where it was not split.
+    """
+    from fastgpt.sharding import like, load_shards  # slow to import, and for training only
+
+    parameters = dict(model.named_parameters())
+    if not (shards := saved.path / SHARDS).exists():
+        return {name: like(value, parameters[name.rsplit(":", 1)[0]]) for name, value in tensors.items()}
+    tensors = {}
+    for name, p in parameters.items():
+        tensors[f"{name}:step"] = torch.zeros((), dtype=torch.float32)
+        for moment in ("exp_avg", "exp_avg_sq"):
+            tensors[f"{name}:{moment}"] = torch.zeros_like(p, dtype=torch.float32, requires_grad=False)
+    load_shards(shards, tensors)
+    return tensors
+
+
 def load_optimizer_tensors(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    tensors: dict[str, Tensor],
+    weights: dict[str, Tensor],
 ) -> None:
-    """Put back what `optimizer_tensors` took out."""
+    """Put back what `optimizer_tensors` took out, and `weights` as masters where the model's are rounded."""
+    rounded = [name for name, p in model.named_parameters() if p.dtype != torch.float32]
+    masters = {f"{name}:master": weights[name] for name in rounded if f"{name}:step" in tensors}
     names = {p: name for name, p in model.named_parameters()}
     order = [names[p] for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
-    for full_name, value in tensors.items():
+    for full_name, value in {**tensors, **masters}.items():
         name, key = full_name.rsplit(":", 1)
         state.setdefault(order.index(name), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,4 +1,4 @@
-"""The command line: `fastgpt prepare | train | sample | eval | inspect`."""
+"""The command line: `fastgpt prepare | train | sample | eval | export | bench | inspect | info`."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from tyro.conf import Positional
 
 from fastgpt.config import CONFIG, PRESETS, TokenizerName, TrainConfig, override, preset
 from fastgpt.errors import InputError, TrainingStopped
+from fastgpt.files import read_text
 from fastgpt.inspect.command import inspect_command
 
 USAGE = f"""\
@@ -28,15 +29,18 @@ fastgpt: train GPT-2 with hand-written kernels
   fastgpt prepare CORPUS --out FOLDER    turn text into token shards
   fastgpt train PRESET [options]         train; presets: {", ".join(PRESETS)}
   fastgpt sample RUN --prompt TEXT       write text with a trained model
-  fastgpt eval RUN                       loss over a whole validation split
+  fastgpt eval RUN [--task NAME]         loss on validation text, HellaSwag, LAMBADA, or any text file
+  fastgpt export RUN --to hf --out FOLDER  for transformers, or --to llmc
+  fastgpt bench SUITE [options]          measure; `fastgpt bench` lists the suites
   fastgpt inspect KERNEL --chip h100     a kernel's machine code and its limit on a chip, without a GPU
+  fastgpt info                           what runs here and why: the first attachment of a bug report
 
 `fastgpt COMMAND --help` lists the options of a command."""
 
 T = TypeVar("T")
 
 
-def _parse(cls: type[T], args: Sequence[str], command: str, default: Any = tyro.MISSING_NONPROP) -> T:
+def parse(cls: type[T], args: Sequence[str], command: str, default: Any = tyro.MISSING_NONPROP) -> T:
     return tyro.cli(
         cls,
         args=list(args),
@@ -81,7 +85,7 @@ class PrepareArgs:
 def prepare_command(args: Sequence[str]) -> None:
     from fastgpt.data import TokenDataset, open_corpus, prepare
 
-    given = _parse(PrepareArgs, args, "prepare")
+    given = parse(PrepareArgs, args, "prepare")
     folder = prepare(
         open_corpus(given.corpus),
         given.tokenizer,
@@ -120,6 +124,8 @@ def train_command(args: Sequence[str]) -> None:
     from fastgpt.train import train
 
     trainer = train(config)
+    if not trainer.world.main:
+        return
     if config.sample_tokens:
         print(f"\n{trainer.sample()}\n")
     best = checkpoint.best(trainer.out_dir)
@@ -138,13 +144,13 @@ def _train_config(args: Sequence[str]) -> tuple[str, TrainConfig]:
     if first:
         name, default = Path(first).stem, load_settings(first)
     elif "--resume" in rest and (saved := _option(rest, "--out-dir")):
-        name, default = Path(saved).name, _from_run(Path(saved))
+        name, default = Path(saved).name, settings_of_run(Path(saved))
     elif {"-h", "--help"} & set(rest):
         print(TRAIN_USAGE)
         raise SystemExit(0)
     else:
         raise InputError(f"which preset? Choose one of {', '.join(PRESETS)}, or a YAML file")
-    return name, _parse(TrainConfig, rest, f"train {first}".strip(), default)
+    return name, parse(TrainConfig, rest, f"train {first}".strip(), default)
 
 
 def _option(args: Sequence[str], name: str) -> str | None:
@@ -177,7 +183,8 @@ def _from_yaml(path: Path) -> TrainConfig:
     return override(start, values, source=str(path))
 
 
-def _from_run(out_dir: Path) -> TrainConfig:
+def settings_of_run(out_dir: Path) -> TrainConfig:
+    """The settings that a run was started with."""
     path = out_dir / CONFIG
     if not path.exists():
         raise InputError(f"{out_dir} holds no run to resume (no {CONFIG})")
@@ -192,7 +199,8 @@ class SampleArgs:
     """Write text with a trained model."""
 
     run: Positional[str]
-    """A run, a checkpoint, a Hugging Face GPT-2 folder, or gpt2, gpt2-medium, gpt2-large, gpt2-xl."""
+    """A run, a checkpoint, a Hugging Face GPT-2 folder, a .pt file of nanoGPT, a .bin file of llm.c, or gpt2,
+    gpt2-medium, gpt2-large, gpt2-xl."""
     prompt: str = ""
     """The text to continue."""
     prompt_file: Path | None = None
@@ -208,7 +216,9 @@ class SampleArgs:
     top_p: float | None = None
     """Choose among the most likely tokens that together have this probability."""
     seed: int = 1337
-    """The same seed writes the same text."""
+    """The same seed writes the same text: sample n is what --seed (seed + n - 1) alone writes."""
+    batch_size: int = 16
+    """Continuations written at once; the text does not depend on it."""
     device: str = "auto"
     """auto, cuda, mps or cpu."""
     cache: bool = True
@@ -216,41 +226,41 @@ class SampleArgs:
 
 
 def sample_command(args: Sequence[str]) -> None:
-    given = _parse(SampleArgs, args, "sample")
-    if given.num_samples < 1 or given.max_new_tokens < 1:
-        raise InputError("num_samples and max_new_tokens must be at least 1")
+    given = parse(SampleArgs, args, "sample")
+    if min(given.num_samples, given.max_new_tokens, given.batch_size) < 1:
+        raise InputError("num_samples, max_new_tokens and batch_size must be at least 1")
     prompt = _prompt(given)
-    import torch
-
-    from fastgpt.generate import encode_prompt, generate, stream_text
-    from fastgpt.pretrained import model_from, read_pretrained
+    from fastgpt.generate import encode_prompt, generate_texts
+    from fastgpt.pretrained import model_from, read_pretrained, tokenizer_of
     from fastgpt.runtime import resolve_device
 
     device = resolve_device(given.device)
     source = read_pretrained(given.run)
+    tokenizer = tokenizer_of(source)
     model = model_from(source).to(device)
-    idx = encode_prompt(source.tokenizer, prompt)[None].to(device)  # (1, T)
-    if idx.size(1) > model.config.block_size:
+    idx = encode_prompt(tokenizer, prompt).to(device)  # (T,)
+    if len(idx) > model.config.block_size:
         print(
-            f"note: the prompt has {idx.size(1)} tokens; the model sees the last {model.config.block_size}",
+            f"note: the prompt has {len(idx)} tokens; the model sees the last {model.config.block_size}",
             file=sys.stderr,
         )
-    generator = torch.Generator(device).manual_seed(given.seed)
-    for number in range(given.num_samples):
+    samples = generate_texts(
+        model,
+        tokenizer,
+        idx,
+        given.max_new_tokens,
+        seeds=range(given.seed, given.seed + given.num_samples),
+        batch_size=given.batch_size,
+        temperature=given.temperature,
+        top_k=given.top_k,
+        top_p=given.top_p,
+        use_cache=given.cache,
+    )
+    for number, pieces in enumerate(samples, 1):
         if given.num_samples > 1:
-            print(f"--- sample {number + 1} of {given.num_samples} ---")
-        tokens = generate(
-            model,
-            idx,
-            given.max_new_tokens,
-            temperature=given.temperature,
-            top_k=given.top_k,
-            top_p=given.top_p,
-            generator=generator,
-            use_cache=given.cache,
-        )
+            print(f"--- sample {number} of {given.num_samples} ---")
         print(prompt, end="", flush=True)
-        for text in stream_text(source.tokenizer, tokens):
+        for text in pieces:
             print(text, end="", flush=True)
         print()
 
@@ -260,58 +270,46 @@ def _prompt(given: SampleArgs) -> str:
         return given.prompt
     if given.prompt:
         raise InputError("--prompt and --prompt-file exclude each other: give one")
-    try:
-        return given.prompt_file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{given.prompt_file}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{given.prompt_file} is not UTF-8 text: byte {error.start} cannot be decoded"
-        ) from None
+    return read_text(given.prompt_file)
 
 
-# -- eval ----------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class EvalArgs:
-    """The mean loss of a model over the whole validation split of a corpus."""
-
-    run: Positional[str]
-    """A run or a checkpoint in it."""
-    corpus: str | None = None
-    """By default the corpus that the run was trained on."""
-    batch_size: int = 16
-    """Windows per forward pass."""
-    device: str = "auto"
-    """auto, cuda, mps or cpu."""
+# -- commands in files of their own --------------------------------------------------------------------------
 
 
 def eval_command(args: Sequence[str]) -> None:
-    given = _parse(EvalArgs, args, "eval")
-    import math
+    from fastgpt.eval_command import command
 
-    from fastgpt.data import TokenDataset, ValidationSet, prepared
-    from fastgpt.evaluate import validation_loss
-    from fastgpt.pretrained import model_from, read_pretrained
-    from fastgpt.runtime import resolve_device
+    command(args)
 
-    device = resolve_device(given.device)
-    source = read_pretrained(given.run)
-    model = model_from(source).to(device)
-    corpus, val_fraction = given.corpus, TrainConfig.val_fraction
-    if corpus is None:
-        run = Path(given.run) if (Path(given.run) / "checkpoints").exists() else source.path.parent.parent
-        trained = _from_run(run)
-        corpus, val_fraction = trained.corpus, trained.val_fraction
-    data = TokenDataset.open(prepared(corpus, source.tokenizer, val_fraction=val_fraction))
-    block_size, vocab_size = model.config.block_size, model.config.vocab_size
-    windows = ValidationSet(data.val, block_size, vocab_size=vocab_size, names=data.names["val"])
-    loss = validation_loss(model, windows, batch_size=given.batch_size, device=device)
-    print(
-        f"{source.path}: loss {loss:.4f} nats a token, perplexity {math.exp(loss):.2f}, "
-        f"over {len(windows)} windows of {block_size} tokens of {corpus}"
-    )
+
+def export_command(args: Sequence[str]) -> None:
+    from fastgpt.export import command
+
+    command(args)
+
+
+# -- bench ---------------------------------------------------------------------------------------------------
+
+
+def bench_command(args: Sequence[str]) -> None:
+    from fastgpt.benchmarks.command import command
+
+    command(args)
+
+
+# -- info ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class InfoArgs:
+    """Print the environment, and for each operation and device which implementation `auto` is and why."""
+
+
+def info_command(args: Sequence[str]) -> None:
+    parse(InfoArgs, args, "info")
+    from fastgpt.info import describe
+
+    print(describe())
 
 
 # -- the command itself --------------------------------------------------------------------------------------
@@ -321,7 +319,10 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": train_command,
     "sample": sample_command,
     "eval": eval_command,
+    "export": export_command,
+    "bench": bench_command,
     "inspect": inspect_command,
+    "info": info_command,
 }
 
 

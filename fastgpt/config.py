@@ -37,6 +37,8 @@ class GPTConfig:
     """Whether linear layers and LayerNorms have a bias, as in GPT-2."""
     activation: Activation = "gelu_tanh"
     """GPT-2 has gelu_tanh, nanoGPT gelu_erf, the first lecture relu."""
+    tied_head: bool = True
+    """Whether the classifier's weights are the token embedding's, as in GPT-2; else it has its own."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
@@ -59,6 +61,9 @@ class GPTConfig:
 
 TokenizerName = Literal["char", "byte", "gpt2"]
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
+Weights = Literal["fp32", "bf16"]
+Recompute = Literal["none", "gelu", "block"]
+Parallel = Literal["ddp", "zero1", "fsdp", "hsdp"]
 Schedule = Literal["cosine", "linear", "constant", "wsd"]
 
 
@@ -82,7 +87,7 @@ class TrainConfig:
     resume: bool = False
     """Continue the run in out_dir from its last checkpoint."""
     init_from: str | None = None
-    """Start from these weights: a run, a checkpoint, a Hugging Face folder, or gpt2, gpt2-medium, ..."""
+    """Start from these weights: a run, a checkpoint, another project's, or gpt2, gpt2-medium, ..."""
 
     max_steps: int = 2000
     """Optimizer steps in all."""
@@ -116,10 +121,20 @@ class TrainConfig:
     precision: Precision = "auto"
     """fp32, tf32 (fp32 with TensorFloat-32 matmuls), bf16 or fp16 (autocast; fp16 with a gradient scaler).
     auto is bf16 on GPUs that have it and fp32 elsewhere."""
+    weights: Weights = "fp32"
+    """What the network holds: fp32, cast by autocast in each step, or bf16, with the optimizer updating fp32
+    master weights that checkpoints keep."""
+    recompute: Recompute = "none"
+    """What backward computes again instead of keeping it: nothing, the outputs of GELU, or whole blocks."""
     compile: bool = False
     """Run the network through torch.compile."""
     seed: int = 1337
     """Seeds initial weights, dropout and the order of the data."""
+    parallel: Parallel = "ddp"
+    """Under torchrun, what each process holds: all (ddp), all but the optimizer's state (zero1), its share of
+    everything (fsdp), or its share within its machine (hsdp)."""
+    timeout_minutes: float = 10.0
+    """Under torchrun, how long a process waits for the others before it stops."""
 
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
@@ -127,6 +142,10 @@ class TrainConfig:
     """Steps between evaluations; the last step is always evaluated."""
     eval_tokens: int | None = 131_072
     """Validation tokens per evaluation, always the same ones; None is the whole validation split."""
+    hellaswag: Path | None = None
+    """Evaluate on these HellaSwag examples, a jsonl file with `ctx`, `endings` and `label`."""
+    hellaswag_every: int = 1000
+    """Steps between evaluations on HellaSwag; the last step is always evaluated."""
     checkpoint_every: int = 500
     """Steps between checkpoints; the best and the last step are always kept."""
     sample_tokens: int = 300
@@ -135,7 +154,14 @@ class TrainConfig:
     """How that sample starts."""
 
     def __post_init__(self) -> None:
-        positive = ("max_steps", "batch_size", "log_every", "eval_every", "checkpoint_every")
+        positive = (
+            "max_steps",
+            "batch_size",
+            "log_every",
+            "eval_every",
+            "checkpoint_every",
+            "hellaswag_every",
+        )
         for name in positive:
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("micro_batch_size", "eval_tokens"):
@@ -146,13 +172,27 @@ class TrainConfig:
         for name in ("val_fraction", "min_lr_fraction", "decay_fraction"):
             _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "between 0 and 1")
         _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "greater than 0")
-        _require(self.eps > 0, "eps", self.eps, "greater than 0")
+        for name in ("eps", "timeout_minutes"):
+            _require(getattr(self, name) > 0, name, getattr(self, name), "greater than 0")
         _require(
             all(0 <= beta < 1 for beta in self.betas), "betas", self.betas, "each at least 0, less than 1"
         )
-        choices = {"precision": Precision, "schedule": Schedule, "tokenizer": TokenizerName}
+        choices = {
+            "precision": Precision,
+            "weights": Weights,
+            "recompute": Recompute,
+            "parallel": Parallel,
+            "schedule": Schedule,
+            "tokenizer": TokenizerName,
+        }
         for name, allowed in choices.items():
             _require(getattr(self, name) in get_args(allowed), name, getattr(self, name), get_args(allowed))
+        if self.weights == "bf16":
+            _require(self.precision in ("auto", "bf16"), "precision", self.precision, "bf16, as weights is")
+        if self.parallel != "ddp":
+            _require(self.precision != "fp16", "precision", "fp16", f"bf16 or fp32 with {self.parallel}")
+        if self.recompute == "gelu":
+            _require(self.model.activation != "relu", "recompute", "gelu", "none or block, with relu")
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2, default=str) + "\n"
@@ -228,13 +268,15 @@ _CHAR = TrainConfig(
 )
 
 
-def _gpt2(n_layer: int, n_head: int, n_embd: int, learning_rate: float) -> TrainConfig:
+def _gpt2(
+    n_layer: int, n_head: int, n_embd: int, learning_rate: float, micro_batch_size: int = 8
+) -> TrainConfig:
     """The GPT-2 reproduction: 2^19 tokens a step, 10B tokens, learning rates of GPT-3's table 2.1."""
     return TrainConfig(
         model=GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd),
         max_steps=19_073,
         batch_size=512,
-        micro_batch_size=8,
+        micro_batch_size=micro_batch_size,
         learning_rate=learning_rate,
         warmup_steps=715,
         checkpoint_every=1000,
@@ -249,6 +291,11 @@ PRESETS: dict[str, TrainConfig] = {
     "gpt2-medium": _gpt2(24, 16, 1024, 3e-4),
     "gpt2-large": _gpt2(36, 20, 1280, 2.5e-4),
     "gpt2-xl": _gpt2(48, 25, 1600, 2e-4),
+    # The same by their sizes, in larger micro-batches, meant for GPUs of 80 GB (not tried on one yet).
+    "gpt2-124m": _gpt2(12, 12, 768, 6e-4, micro_batch_size=64),
+    "gpt2-350m": _gpt2(24, 16, 1024, 3e-4, micro_batch_size=32),
+    "gpt2-774m": _gpt2(36, 20, 1280, 2.5e-4, micro_batch_size=16),
+    "gpt2-1.5b": _gpt2(48, 25, 1600, 2e-4, micro_batch_size=8),
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ def choose(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
 ) -> Tensor:
     """One token id per row of logits.
 
@@ -30,7 +30,7 @@ def choose(
         top_k: only the k most likely tokens.
         top_p: only the most likely tokens that together reach this probability (Holtzman et al., arXiv
             1904.09751); applied after top_k.
-        generator: of random numbers, on the device of the logits.
+        generator: of random numbers, on the device of the logits; or one for each row.
 
     Returns:
         (B,) int64.
@@ -55,7 +55,10 @@ def choose(
         ordered, index = probs.sort(descending=True, stable=True)  # (B, V)
         above = ordered.cumsum(-1) - ordered  # the probability of all tokens more likely than this one
         probs = torch.zeros_like(probs).scatter(-1, index, ordered.masked_fill(above >= top_p, 0))
-    return torch.multinomial(probs, 1, generator=generator).squeeze(-1)
+    if generator is None or isinstance(generator, torch.Generator):
+        return torch.multinomial(probs, 1, generator=generator).squeeze(-1)
+    rows = zip(probs, generator, strict=True)
+    return torch.cat([torch.multinomial(row, 1, generator=own) for row, own in rows])
 
 
 def generate(
@@ -66,7 +69,8 @@ def generate(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    vocab_size: int | None = None,
     use_cache: bool = True,
 ) -> Iterator[Tensor]:
     """Yield one new token per sequence at a time.
@@ -80,6 +84,7 @@ def generate(
         idx: (B, T) prompt, T >= 1.
         max_new_tokens: how many to yield.
         temperature, top_k, top_p, generator: as in `choose`.
+        vocab_size: only ids below it, where the tokenizer has fewer than the model.
         use_cache: False computes the whole window for every token.
 
     Yields:
@@ -89,7 +94,13 @@ def generate(
         raise InputError("the prompt is empty: it must have at least one token")
     block_size = model.config.block_size
     idx = idx[:, -block_size:]
-    cache = KVCache(model.config, idx.size(0), device=idx.device, dtype=model.token_embedding.dtype)
+    cache = KVCache(
+        model.config,
+        idx.size(0),
+        device=idx.device,
+        dtype=model.token_embedding.dtype,
+        capacity=min(block_size, idx.size(1) + max_new_tokens),
+    )
     for _ in range(max_new_tokens):
         # entered anew for each token: a generator must not leave gradients off in its caller between yields
         with evaluating(model):
@@ -97,9 +108,8 @@ def generate(
                 x = model.hidden(idx[:, cache.length :], cache)
             else:
                 x = model.hidden(idx[:, -block_size:])
-            token = choose(
-                model.logits(x[:, -1]), temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
-            )
+            logits = model.logits(x[:, -1])[:, :vocab_size]
+            token = choose(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
         idx = torch.cat([idx[:, -block_size:], token[:, None]], dim=1)
         yield token
 
@@ -117,15 +127,76 @@ def stream_text(tokenizer: Tokenizer, tokens: Iterator[Tensor]) -> Iterator[str]
     yield decoder.decode(b"", final=True)
 
 
+def generate_texts(
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompt: Tensor,
+    max_new_tokens: int,
+    *,
+    seeds: Sequence[int],
+    batch_size: int = 16,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    use_cache: bool = True,
+) -> Iterator[Iterator[str]]:
+    """Yield one continuation for each seed, computed in batches; each is the text in pieces.
+
+    Every row draws from a generator of its own, so that a seed's text does not depend on the others (but for
+    rounding: another batch size may add up in another order). A batch of one comes as it is written, a larger
+    one when all of it is: after max_new_tokens, or when each row has reached end-of-text.
+
+    Args:
+        model: used as it is, in evaluation mode, on the device of the prompt.
+        tokenizer: of the prompt.
+        prompt: (T,) ids.
+        max_new_tokens: the longest continuation.
+        seeds: one for each continuation.
+        batch_size: continuations at once.
+        temperature, top_k, top_p, use_cache: as in `generate`.
+    """
+    for first in range(0, len(seeds), batch_size):
+        generators = [
+            torch.Generator(prompt.device).manual_seed(s) for s in seeds[first : first + batch_size]
+        ]
+        tokens = generate(
+            model,
+            prompt.expand(len(generators), -1),
+            max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            generator=generators,
+            vocab_size=tokenizer.vocab_size,
+            use_cache=use_cache,
+        )
+        if len(generators) == 1:
+            yield stream_text(tokenizer, tokens)
+        else:
+            for row in _until_all_ended(tokens, tokenizer.eot).unbind():
+                yield stream_text(tokenizer, iter(row))
+
+
+def _until_all_ended(tokens: Iterator[Tensor], eot: int | None) -> Tensor:
+    """(B, n) ids from n times (B,): all of them, or up to where each row has had an end-of-text."""
+    columns: list[Tensor] = []
+    ended: Tensor | None = None
+    for token in tokens:
+        columns.append(token)
+        if eot is not None:
+            ended = token == eot if ended is None else ended | (token == eot)
+            if ended.all():
+                break
+    return torch.stack(columns, dim=1).cpu()
+
+
 def sample_text(
     model: GPT, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, *, temperature: float = 0.8, seed: int
 ) -> str:
     """The prompt and one continuation, on the model's device, without touching the global generators."""
-    device = model.token_embedding.device
-    generator = torch.Generator(device).manual_seed(seed)
-    idx = encode_prompt(tokenizer, prompt)[None].to(device)
-    tokens = generate(model, idx, max_new_tokens, temperature=temperature, generator=generator)
-    return prompt + "".join(stream_text(tokenizer, tokens))
+    idx = encode_prompt(tokenizer, prompt).to(model.token_embedding.device)
+    (pieces,) = generate_texts(model, tokenizer, idx, max_new_tokens, seeds=[seed], temperature=temperature)
+    return prompt + "".join(pieces)
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> Tensor:

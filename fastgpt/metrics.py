@@ -1,16 +1,27 @@
-"""What a run leaves behind to look at: metrics.jsonl, TensorBoard, loss.png, and the progress bar."""
+"""What a run says and leaves behind: its record, metrics.jsonl, TensorBoard, loss.png, the progress bar."""
 
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from tqdm import tqdm
 
+from fastgpt import runtime
+from fastgpt.config import CONFIG
+
+if TYPE_CHECKING:
+    from fastgpt.train import Trainer
+
 METRICS = "metrics.jsonl"
-KEYS = ("step", "tokens", "train_loss", "val_loss", "lr", "grad_norm", "tokens_per_s", "mfu", "seconds")
+KEYS = (
+    *("step", "tokens", "train_loss", "val_loss", "lr", "grad_norm", "tokens_per_s", "mfu", "seconds"),
+    *("hellaswag_acc", "hellaswag_acc_norm"),
+)
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
@@ -70,6 +81,11 @@ class MetricsLog:
                 f"val loss {row['val_loss']:.4f}   lr {row['lr']:.2e}   "
                 f"{row['tokens_per_s']:,.0f} tokens/s   MFU {format_mfu(row['mfu'])}"
             )
+        if row["hellaswag_acc"] is not None:
+            self.say(
+                f"step {row['step']:>6}   HellaSwag acc {row['hellaswag_acc']:.4f}   "
+                f"acc_norm {row['hellaswag_acc_norm']:.4f}"
+            )
 
     def sample(self, text: str, step: int) -> None:
         self._board.add_text("sample", text.replace("\n", "  \n"), step)
@@ -83,6 +99,41 @@ class MetricsLog:
         self._bar.close()
         self._board.close()
         self._file.close()
+
+
+def step_row(trainer: Trainer, loss: float, norm: float, steps_per_second: float) -> dict[str, Any]:
+    """The line of metrics.jsonl about the step just done."""
+    tokens_per_step = trainer.config.batch_size * trainer.config.model.block_size
+    tokens_per_s = steps_per_second * tokens_per_step
+    flops_per_s = tokens_per_s * trainer.model.flops_per_token() / trainer.world.size
+    peak = trainer.precision.peak_flops()
+    return {
+        "step": trainer.steps_done,
+        "tokens": trainer.steps_done * tokens_per_step,
+        "train_loss": loss,
+        "val_loss": trainer.val_loss,
+        "lr": trainer.optimizer.param_groups[0]["lr"],
+        "grad_norm": norm if math.isfinite(norm) else None,  # not where the fp16 scaler skipped the step
+        "tokens_per_s": tokens_per_s,
+        "mfu": flops_per_s / peak if peak else None,
+        "seconds": trainer.seconds,
+    }
+
+
+class Silent:
+    """In place of a MetricsLog on ranks that leave the record to rank 0."""
+
+    def advance(self) -> None:
+        pass
+
+    def log(self, row: dict[str, Any]) -> None:
+        pass
+
+    def sample(self, text: str, step: int) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 def format_mfu(mfu: float | None) -> str:
@@ -116,3 +167,32 @@ def plot_losses(run: Path) -> Path:
 
 def _series(rows: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
     return [row["step"] for row in rows], [row[key] for row in rows]
+
+
+def write_record(trainer: Trainer) -> None:
+    """The settings and the machine, beside the checkpoints."""
+    trainer.out_dir.mkdir(parents=True, exist_ok=True)
+    environment = {**runtime.environment(trainer.device), "processes": trainer.world.size}
+    (trainer.out_dir / CONFIG).write_text(trainer.config.to_json())
+    (trainer.out_dir / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
+
+
+def announce(trainer: Trainer) -> None:
+    """Print what is about to be trained, on what, and where to."""
+    config, data, model = trainer.config, trainer.data, trainer.config.model
+    tokenizer, sequences = data.tokenizer, config.max_steps * config.batch_size
+    train_tokens, val_tokens = (sum(map(len, shards)) for shards in (data.train, data.val))
+    epochs = trainer.loader.epoch_of(config.max_steps)
+    size, device = trainer.world.size, trainer.device
+    where = f"{device}, " if size == 1 else f"{size} processes on {device.type}, each with "
+    lines = {
+        "data": f"{config.corpus}: {train_tokens:,} training and {val_tokens:,} validation tokens "
+        f"({tokenizer.name}, {tokenizer.vocab_size} in the vocabulary)",
+        "model": f"{model.n_layer} layers, {model.n_head} heads, {model.n_embd} wide, "
+        f"block {model.block_size}: {trainer.model.num_params():,} parameters",
+        "training": f"{config.max_steps} steps of {config.batch_size} sequences "
+        f"= {sequences * model.block_size:,} tokens, {epochs:.1f} epochs",
+        "computing": f"{trainer.precision.name} on {where}{torch.get_num_threads()} CPU threads",
+        "run": f"{trainer.out_dir}" + (f", after step {trainer.steps_done}" if trainer.steps_done else ""),
+    }
+    print("\n".join(f"{name:<10} {line}" for name, line in lines.items()), flush=True)

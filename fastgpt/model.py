@@ -8,30 +8,58 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgpt import ops
-from fastgpt.config import GPTConfig
+from fastgpt.config import GPTConfig, Recompute
 from fastgpt.errors import InputError
 
 INIT_STD = 0.02
 
 
+def _recomputed(function: Callable[..., Any], *args: Any, draws: bool = False) -> Any:
+    """`function(*args)`, run again in backward, with the same random numbers if it `draws` any."""
+    from torch.utils.checkpoint import checkpoint  # where it is used: importing fastgpt stays quick
+
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=draws)
+
+
 class KVCache:
     """Keys and values of the tokens already seen, so that a new token costs one row of attention.
 
-    Two tensors (n_layer, B, block_size, H, D), filled up to `length`.
+    Two tensors (n_layer, B, capacity, H, D), allocated once and filled up to `length`.
+
+    Args:
+        config: of the model.
+        batch: sequences, B.
+        device, dtype: of the keys and values.
+        capacity: the most tokens it will hold; by default block_size.
     """
 
-    def __init__(self, config: GPTConfig, batch: int, *, device: torch.device, dtype: torch.dtype) -> None:
-        shape = (config.n_layer, batch, config.block_size, config.n_head, config.head_size)
+    def __init__(
+        self,
+        config: GPTConfig,
+        batch: int,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        capacity: int | None = None,
+    ) -> None:
+        capacity = config.block_size if capacity is None else capacity
+        shape = (config.n_layer, batch, capacity, config.n_head, config.head_size)
         self.k = torch.empty(shape, device=device, dtype=dtype)
         self.v = torch.empty(shape, device=device, dtype=dtype)
         self.length = 0
+
+    def take(self, rows: Tensor) -> None:
+        """Make row i of the batch what row `rows[i]` was, int64 (new B,): texts that go on differently."""
+        self.k, self.v = self.k.index_select(1, rows), self.v.index_select(1, rows)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store keys and values (B, T, H, D) after `length`; returns this layer's (B, length + T, H, D)."""
@@ -87,16 +115,25 @@ class MLP(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.activation = config.activation
+        self.recompute = False
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return _recomputed(self._gelu_and_project, self.c_fc(x))
         if self.activation == "relu":
             h = F.relu(self.c_fc(x))  # (B, T, 4C)
         else:
-            approximate = "tanh" if self.activation == "gelu_tanh" else "none"
-            h = ops.linear_gelu(x, self.c_fc.weight, self.c_fc.bias, approximate=approximate)
+            h = ops.linear_gelu(x, self.c_fc.weight, self.c_fc.bias, approximate=self._approximate)
         return self.c_proj(h)
+
+    @property
+    def _approximate(self) -> str:
+        return "tanh" if self.activation == "gelu_tanh" else "none"
+
+    def _gelu_and_project(self, h: Tensor) -> Tensor:
+        return self.c_proj(ops.gelu(h, approximate=self._approximate))
 
 
 class Block(nn.Module):
@@ -136,7 +173,7 @@ class Transformer(nn.Module):
 
 
 class GPT(nn.Module):
-    """The language model. The classifier's weights are the token embedding's.
+    """The language model. The classifier's weights are the token embedding's, unless config says otherwise.
 
     Args:
         config: its shape; the defaults are GPT-2 (124M).
@@ -146,7 +183,29 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.transformer = Transformer(config)
+        self.recompute_blocks = False
+        if not config.tied_head:
+            self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
         self._init_weights()
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str | Path, *, block_size: int | None = None, dropout: float | None = None
+    ) -> GPT:
+        """A trained model, on the CPU in fp32 and in evaluation mode.
+
+        Args:
+            name_or_path: gpt2, gpt2-medium, gpt2-large or gpt2-xl; or a run, a checkpoint, a Hugging Face
+                GPT-2 folder, a `ckpt.pt` of nanoGPT or a `.bin` of llm.c.
+            block_size: a shorter context than the file's.
+            dropout: for training on; by default that of a run or of nanoGPT's file, and 0 for the others.
+
+        Raises:
+            InputError: none of these, damaged, not GPT-2, or trained on a context shorter than block_size.
+        """
+        from fastgpt.pretrained import model_from, read_pretrained  # they need this module
+
+        return model_from(read_pretrained(str(name_or_path)), block_size=block_size, dropout=dropout)
 
     def _init_weights(self) -> None:
         """GPT-2's: normal(0, 0.02), and smaller into the residual stream, which sums 2 n_layer branches."""
@@ -158,10 +217,27 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
+    def recompute(self, what: Recompute) -> None:
+        """What backward is to compute again instead of keeping it, from here on.
+
+        `gelu`: the outputs of GELU, 4C a token and layer, which the projection after it reads again in
+        backward; its inputs are kept in their place, so linear and GELU are then two operations. `block`:
+        everything but the 2C a token and layer that a block starts from, for a second forward pass.
+        """
+        self.recompute_blocks = what == "block"
+        for module in self.modules():
+            if isinstance(module, MLP):
+                module.recompute = what == "gelu"
+
     @property
     def token_embedding(self) -> Tensor:
         """(V, C), rows vocab_size.. are padding."""
         return self.transformer.wte.weight
+
+    @property
+    def classifier(self) -> Tensor:
+        """(V, C): the token embedding, or the weights of an untied head."""
+        return self.token_embedding if self.config.tied_head else self.lm_head.weight
 
     def hidden(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         """The normalised residual stream after the last block, (B, T, C), for token ids idx (B, T).
@@ -179,7 +255,10 @@ class GPT(nn.Module):
         x = F.dropout(x, dropout)  # (B, T, C)
         branch: Tensor | None = None
         for block in self.transformer.h:
-            branch, x = block(branch, x, cache)
+            if self.recompute_blocks and torch.is_grad_enabled():
+                branch, x = _recomputed(block, branch, x, cache, draws=dropout > 0)
+            else:
+                branch, x = block(branch, x, cache)
         assert branch is not None  # n_layer >= 1
         if cache is not None:
             cache.length += idx.size(1)
@@ -187,7 +266,7 @@ class GPT(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """(..., vocab_size) from (..., C): padded columns are cut off, so they can never be sampled."""
-        return F.linear(x, self.token_embedding)[..., : self.config.vocab_size]
+        return F.linear(x, self.classifier)[..., : self.config.vocab_size]
 
     def forward(
         self,
@@ -215,18 +294,23 @@ class GPT(nn.Module):
         if logits is not None:
             return logits, ops.cross_entropy(logits, targets, reduction=reduction)
         loss = ops.linear_cross_entropy(
-            x, self.token_embedding, targets, reduction=reduction, vocab_size=self.config.vocab_size
+            x, self.classifier, targets, reduction=reduction, vocab_size=self.config.vocab_size
         )
         return None, loss
 
     def num_params(self, *, embeddings: bool = True) -> int:
-        """Parameters, padding rows not counted; without `embeddings`, less the position embedding.
+        """Parameters, padding rows not counted; without `embeddings`, less those that only look rows up.
 
-        The token embedding always counts: it is the classifier's matrix too.
+        The position embedding is one; the token embedding is not where it is the classifier's matrix too.
         """
-        padding = (self.config.padded_vocab_size - self.config.vocab_size) * self.config.n_embd
+        config = self.config
+        matrices = 1 if config.tied_head else 2  # of vocab_size rows
+        padding = matrices * (config.padded_vocab_size - config.vocab_size) * config.n_embd
         total = sum(p.numel() for p in self.parameters()) - padding
-        return total if embeddings else total - self.transformer.wpe.weight.numel()
+        if embeddings:
+            return total
+        untied = (matrices - 1) * config.vocab_size * config.n_embd
+        return total - self.transformer.wpe.weight.numel() - untied
 
     def flops_per_token(self) -> int:
         """Floating point operations per token of a training step at full context.

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from fastgpt.config import TrainConfig
 from fastgpt.errors import InputError
-from fastgpt.ops.adamw import HYPER, adamw_, grad_norm
+from fastgpt.ops.adamw import HYPER, adamw_, grad_norm, reference
 from fastgpt.ops.checks import check_at_least
+from fastgpt.ops.registry import select
 
 # What torch.optim.AdamW keeps in a group besides, so that each can load the other's state.
 _TORCH_OPTIONS = {
@@ -286,10 +289,13 @@ def _norm(batches: Iterable[_Batch]) -> Tensor:
     return torch.linalg.vector_norm(torch.stack([norm.to(norms[0]) for norm in norms]))
 
 
-def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+def adamw(model: nn.Module, config: TrainConfig) -> AdamW | torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101) as GPT-2 and GPT-3 were trained with.
 
     Weight decay pulls on matrices and embeddings only: a bias or a LayerNorm gain has no scale to control.
+    It is the class above where weights are bf16, which need its masters, and where a kernel is chosen for
+    `adamw_`; else PyTorch's, whose fused kernel is faster than our plain reference. Parameters that are split
+    over ranks are DTensors, which PyTorch's takes as they are.
     """
     decay = [p for p in model.parameters() if p.dim() >= 2]
     keep = [p for p in model.parameters() if p.dim() < 2]
@@ -297,4 +303,36 @@ def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
         {"params": decay, "weight_decay": config.weight_decay},
         {"params": keep, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
+    options: dict[str, Any] = {"lr": config.learning_rate, "betas": config.betas, "eps": config.eps}
+    if isinstance(decay[0], DTensor):
+        return torch.optim.AdamW(groups, fused=True, **options)
+    elements = sum(p.numel() for p in model.parameters())
+    kernel = select("adamw_", None, decay[0], elements=elements) is not reference
+    if kernel or any(p.dtype != torch.float32 for p in model.parameters()):
+        return AdamW(groups, max_grad_norm=config.grad_clip or math.inf, **options)
+    return torch.optim.AdamW(groups, fused=True, **options)
+
+
+def update(
+    optimizer: AdamW | torch.optim.AdamW, scaler: torch.amp.GradScaler, max_grad_norm: float
+) -> Tensor:
+    """Clip the gradients, step, and forget them. Returns their norm before clipping, on the device.
+
+    Args:
+        optimizer: of `adamw`, which folds the clipping into its step where it can.
+        scaler: skips the step where fp16 gradients overflowed.
+        max_grad_norm: the norm that longer gradients are scaled to; 0 leaves them.
+    """
+    scaler.unscale_(optimizer)
+    if isinstance(optimizer, AdamW):
+        scaler.step(optimizer)
+        norm = optimizer.grad_norm
+        assert norm is not None  # max_grad_norm is set
+    else:
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(params, max_grad_norm or math.inf)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return norm

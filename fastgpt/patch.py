@@ -17,8 +17,8 @@ What it leaves to Hugging Face's own code:
 - an MLP whose activation is not a GELU, the product of a c_fc that is not a Conv1D (LoRA's, say), and a
   loss_function that was set.
 
-Tested with transformers 5.23 and 4.57, by hand with 4.46. With 4.57 blocks stay as they are, and attention
-without a cache is ours only if given a mask of ones; with 4.46 attention and the loss stay too.
+Tested with transformers 5.24, 5.23 and 4.57, by hand with 4.46. With 4.57 blocks stay as they are, and
+attention without a cache is ours only if given a mask of ones; with 4.46 attention and the loss stay too.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ _GELUS = {
     "gelu_python_tanh": "tanh",
     "gelu_pytorch_tanh": "tanh",
 }
+_CACHE_NAMES = ("cache", "past_key_values")  # since 5.24, which takes the older name too, and before
 _STATE = "_fastgpt_patched"
 
 
@@ -111,11 +112,12 @@ def _forwards(activation: str) -> dict[Callable[..., Any], Callable[..., Any]]:
     forwards: dict[Callable[..., Any], Callable[..., Any]] = {nn.LayerNorm.forward: _layer_norm}
     if activation in _GELUS:
         forwards[GPT2MLP.forward] = functools.partial(_mlp, approximate=_GELUS[activation])
-    if "past_key_values" in inspect.signature(GPT2Attention.forward).parameters:
+    attention, block = (inspect.signature(c.forward).parameters for c in (GPT2Attention, GPT2Block))
+    cache_name = next((name for name in _CACHE_NAMES if name in attention), None)
+    if cache_name is not None:
         forwards[GPT2Attention.forward] = _attention
-    block = inspect.signature(GPT2Block.forward).parameters
-    if "past_key_values" in block and "output_attentions" not in block:
-        forwards[GPT2Block.forward] = _block
+        if cache_name in block and "output_attentions" not in block:
+            forwards[GPT2Block.forward] = functools.partial(_block, cache_name=cache_name)
     return forwards
 
 
@@ -143,7 +145,7 @@ def _mlp(self: Any, x: Tensor, *, approximate: str) -> Tensor:
 
 def _attention(self: Any, x: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
     """GPT2Attention's forward; Hugging Face passes all but the hidden states x (B, T, C) by keyword."""
-    cache = options.get("past_key_values")
+    cache = next((options[name] for name in _CACHE_NAMES if name in options), None)
     if args or not _plainly_causal(self, cache, options):
         return type(self).forward(self, x, *args, **options)
     B, T, C = x.shape
@@ -175,17 +177,20 @@ def _plainly_causal(self: Any, cache: Any, options: dict[str, Any]) -> bool:
 def _block(
     self: Any,
     x: Tensor,
-    past_key_values: Any = None,
+    cache: Any = None,
     attention_mask: Tensor | None = None,
     encoder_hidden_states: Tensor | None = None,
+    *,
+    cache_name: str,
     **options: Any,
 ) -> Tensor:
+    cache = options.pop("past_key_values", cache)
     if encoder_hidden_states is not None or (self.gradient_checkpointing and self.training):
         forward = type(self).forward
-        return forward(self, x, past_key_values, attention_mask, encoder_hidden_states, **options)
+        return forward(self, x, cache, attention_mask, encoder_hidden_states, **options)
     options.pop("encoder_attention_mask", None)
     normed = self.ln_1(x)
-    branch, _ = self.attn(normed, past_key_values=past_key_values, attention_mask=attention_mask, **options)
+    branch, _ = self.attn(normed, **{cache_name: cache}, attention_mask=attention_mask, **options)
     ln = self.ln_2
     normed, x = ops.add_layer_norm(branch, x, ln.weight, ln.bias, eps=ln.eps)
     return x + self.mlp(normed)

@@ -1,56 +1,49 @@
-"""Weights from elsewhere: other runs, and GPT-2 as Hugging Face stores it."""
+"""Weights from elsewhere: other runs, and what other projects write (`fastgpt.formats`)."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from fastgpt import checkpoint
 from fastgpt.config import GPTConfig
-from fastgpt.data.tokenizers import GPT2Tokenizer, Tokenizer
+from fastgpt.data.tokenizers import Tokenizer
 from fastgpt.errors import InputError
+from fastgpt.formats import hugging_face, llmc, nanogpt
+from fastgpt.formats.weights import Pretrained
 from fastgpt.model import GPT
 
 HUB_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu_erf", "relu": "relu"}
-_CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+Source = Pretrained | checkpoint.Checkpoint
 
 
-@dataclass(frozen=True)
-class Pretrained:
-    """A network's shape, its weights by fastgpt's names, and the tokenizer it was trained with."""
-
-    path: Path
-    config: GPTConfig
-    model: dict[str, Tensor]
-    tokenizer: Tokenizer
-
-
-def read_pretrained(source: str) -> Pretrained | checkpoint.Checkpoint:
-    """Weights of a run or checkpoint folder, a Hugging Face GPT-2 folder, or gpt2, gpt2-medium, ...
+def read_pretrained(source: str) -> Source:
+    """Weights of a run or checkpoint folder, of another project's file or folder, or gpt2, gpt2-medium, ...
 
     Raises:
         InputError: none of these, a damaged checkpoint, or a network that is not GPT-2's.
     """
     path = Path(source)
-    if (path / "config.json").exists() and (path / "model.safetensors").exists():
-        if (path / checkpoint.SUMS).exists():
-            return checkpoint.load(path)
-        return _read_hugging_face(path)
+    if (path / checkpoint.SUMS).exists():
+        return checkpoint.load(path)
+    if hugging_face.is_folder(path):
+        return hugging_face.read(path)
+    if (path / nanogpt.CHECKPOINT).exists():
+        return nanogpt.read(path / nanogpt.CHECKPOINT)
     if path.is_dir():
         return checkpoint.load(checkpoint.find(path))
+    if path.is_file() and path.suffix == ".pt":
+        return nanogpt.read(path)
+    if path.is_file() and path.suffix == ".bin":
+        return llmc.read(path)
     if source in HUB_NAMES:
-        return _read_hugging_face(_download(source))
+        return hugging_face.read(_download(source))
     raise InputError(
-        f"init_from = {source!r}: expected the folder of a run, of a checkpoint, or of a Hugging Face GPT-2 "
-        f"(config.json and model.safetensors), or one of {', '.join(HUB_NAMES)}"
+        f"{source!r}: expected the folder of a run or of a checkpoint, a Hugging Face GPT-2 folder "
+        f"({hugging_face.CONFIG} and {hugging_face.WEIGHTS}, in one file or several), a .pt file of nanoGPT, "
+        f"a .bin file of llm.c, or one of {', '.join(HUB_NAMES)}"
     )
 
 
@@ -61,54 +54,30 @@ def _download(name: str) -> Path:
         raise InputError(f"downloading {name} needs huggingface_hub: pip install 'fastgpt[data]'") from None
     try:
         folder = snapshot_download(
-            f"openai-community/{name}", allow_patterns=["config.json", "model.safetensors"], etag_timeout=10
+            f"openai-community/{name}",
+            allow_patterns=[hugging_face.CONFIG, hugging_face.WEIGHTS],
+            etag_timeout=10,
         )
     except Exception as error:  # the hub's client raises many unrelated types
         raise InputError(f"could not download {name} from the Hugging Face hub: {error}") from error
     return Path(folder)
 
 
-def _read_hugging_face(path: Path) -> Pretrained:
-    config = _config_from_hugging_face(json.loads((path / "config.json").read_text()), path)
-    weights = {}
-    for hf_name, tensor in load_file(path / "model.safetensors").items():
-        name = hf_name if hf_name.startswith(("transformer.", "lm_head.")) else f"transformer.{hf_name}"
-        if name.endswith((".attn.bias", ".attn.masked_bias")):
-            continue  # the causal mask, stored as a buffer by older versions
-        weights[name] = tensor.t().contiguous() if name.endswith(_CONV1D) else tensor
-    wte = weights["transformer.wte.weight"]
-    head = weights.pop("lm_head.weight", wte)
-    if head.shape != wte.shape or not torch.equal(head, wte):
-        raise InputError(f"{path}: its lm_head is not tied to the token embedding, as it is in GPT-2")
-    weights["transformer.wte.weight"] = _pad_rows(wte, config.padded_vocab_size)
-    return Pretrained(path, config, weights, GPT2Tokenizer())
+def tokenizer_of(source: Source) -> Tokenizer:
+    """The tokenizer to read and write text with.
+
+    Raises:
+        InputError: the file does not say which it is, or fastgpt does not have it.
+    """
+    if source.tokenizer is None:
+        raise InputError(
+            f"{source.path} has a vocabulary of {source.config.vocab_size} tokens, of a tokenizer that "
+            "fastgpt does not have: it can be loaded from Python, but not read or write text"
+        )
+    return source.tokenizer
 
 
-def _config_from_hugging_face(hf: dict[str, Any], path: Path) -> GPTConfig:
-    expected = {"model_type": "gpt2", "layer_norm_epsilon": 1e-5, "n_inner": None, "scale_attn_weights": True}
-    for key, value in expected.items():
-        if hf.get(key, value) not in (value, 4 * hf["n_embd"] if key == "n_inner" else value):
-            raise InputError(f"{path}/config.json: {key} = {hf[key]!r}, but GPT-2 has {value!r}")
-    activation = hf.get("activation_function", "gelu_new")
-    if activation not in _ACTIVATIONS:
-        known = ", ".join(_ACTIVATIONS)
-        raise InputError(f"{path}/config.json: activation_function = {activation!r}: fastgpt has {known}")
-    return GPTConfig(
-        vocab_size=hf["vocab_size"],
-        block_size=hf["n_positions"],
-        n_layer=hf["n_layer"],
-        n_head=hf["n_head"],
-        n_embd=hf["n_embd"],
-        activation=_ACTIVATIONS[activation],  # type: ignore[arg-type]
-    )
-
-
-def _pad_rows(weight: Tensor, rows: int) -> Tensor:
-    """(V, C) -> (rows, C), zeros below."""
-    return torch.cat([weight, weight.new_zeros(rows - weight.size(0), weight.size(1))])
-
-
-def load_weights(model: GPT, source: Pretrained | checkpoint.Checkpoint) -> None:
+def load_weights(model: GPT, source: Source) -> None:
     """Copy the weights into `model`, whose context may be shorter and whose dropout may differ.
 
     Raises:
@@ -129,12 +98,28 @@ def load_weights(model: GPT, source: Pretrained | checkpoint.Checkpoint) -> None
             f"the weights in {source.path} have {theirs}, but this run has {ours}: set it to match"
         )
     weights = dict(source.model)
+    _check_names(model, weights, source.path)
     weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][: want.block_size]
-    model.load_state_dict(weights)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise InputError(f"{source.path}: {' '.join(str(error).split())}") from error
 
 
-def model_from(source: Pretrained | checkpoint.Checkpoint) -> GPT:
-    """A GPT with these weights, on the CPU in fp32, ready to be evaluated."""
-    model = GPT(source.config)
+def _check_names(model: GPT, weights: dict[str, Tensor], path: Path) -> None:
+    missing, unknown = model.state_dict().keys() - weights.keys(), weights.keys() - model.state_dict().keys()
+    if missing or unknown:
+        what, names = ("lacks", missing) if missing else ("has what GPT-2 has not:", unknown)
+        raise InputError(f"{path} {what} {sorted(names)[0]} ({len(names)} such tensors)")
+
+
+def model_from(source: Source, *, block_size: int | None = None, dropout: float | None = None) -> GPT:
+    """A GPT with these weights, on the CPU in fp32, ready to be evaluated; else as `GPT.from_pretrained`."""
+    config = source.config
+    if block_size is not None:
+        config = dataclasses.replace(config, block_size=block_size)
+    if dropout is not None:
+        config = dataclasses.replace(config, dropout=dropout)
+    model = GPT(config)
     load_weights(model, source)
     return model.eval()

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import importlib.metadata
 import os
 import platform
+import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,17 +51,28 @@ def resolve_device(name: str) -> torch.device:
 
 @dataclass(frozen=True)
 class Precision:
-    """How a training step computes. `name` is fp32, tf32, bf16 or fp16."""
+    """How a training step computes. `name` is fp32, tf32, bf16 or fp16, `weights` fp32 or bf16."""
 
     name: str
     device: torch.device
+    weights: str = "fp32"
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """What casts fp32 weights and activations in each step."""
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.name)
-        return torch.autocast(self.device.type, dtype) if dtype else contextlib.nullcontext()
+        if dtype is None or self.weights == "bf16":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype)
 
-    def scaler(self) -> torch.amp.GradScaler:
-        """fp16 gradients underflow, so the loss is scaled up; elsewhere this does nothing."""
+    def scaler(self, *, shared: bool = False) -> torch.amp.GradScaler:
+        """fp16 gradients underflow, so the loss is scaled up; elsewhere this does nothing.
+
+        Of a `shared` one all ranks skip the step in which a gradient of any of them overflowed.
+        """
+        if shared:
+            from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+
+            return ShardedGradScaler(self.device.type, enabled=self.name == "fp16")
         return torch.amp.GradScaler(self.device.type, enabled=self.name == "fp16")
 
     def peak_flops(self) -> float | None:
@@ -65,21 +81,23 @@ class Precision:
         return peak_flops(torch.cuda.get_device_name(self.device), self.name)
 
 
-def resolve_precision(name: str, device: torch.device) -> Precision:
+def resolve_precision(name: str, device: torch.device, weights: str = "fp32") -> Precision:
     """The precision of that name on `device`, with the TF32 switch set to match.
+
+    `auto` is the dtype of bf16 `weights`, else bf16 on a GPU that has it and fp32 elsewhere.
 
     Raises:
         InputError: the device does not have it.
     """
     has_bf16 = device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_bf16_supported())
     if name == "auto":
-        name = "bf16" if device.type == "cuda" and has_bf16 else "fp32"
+        name = "bf16" if weights == "bf16" or (device.type == "cuda" and has_bf16) else "fp32"
     if name == "tf32" and device.type != "cuda":
         raise InputError("precision tf32 needs an NVIDIA GPU: use fp32 or bf16")
     if name == "bf16" and not has_bf16:
         raise InputError(f"precision bf16 is not supported on this {device.type} device: use fp16 or fp32")
     torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
-    return Precision(name, device)
+    return Precision(name, device, weights)
 
 
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
@@ -92,6 +110,11 @@ def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
     return state
 
 
+def rank_seed(seed: int, rank: int) -> int:
+    """A seed for what ranks draw each for itself, such as dropout; for rank 0 `seed` itself."""
+    return seed + (rank << 32)
+
+
 def set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
     """Undo whatever was drawn since `rng_state`; a state of another device type is left out."""
     torch.set_rng_state(state["cpu"])
@@ -99,6 +122,46 @@ def set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
         torch.cuda.set_rng_state(state["cuda"], device)
     elif device.type == "mps" and "mps" in state:
         torch.mps.set_rng_state(state["mps"])
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """Yields whether Ctrl-C or SIGTERM came; the second Ctrl-C stops at once."""
+    received: list[int] = []
+
+    def note(signum: int, _: object) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(signum)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False  # only the main thread may handle signals
+        return
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """Python collects cycles only where the block calls `gc.collect()`, and never what was there before.
+
+    A collection at a moment of its own choosing would hold up one rank, and with it all the others.
+    """
+    if not gc.isenabled():
+        yield
+        return
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
 
 
 def git_revision() -> str | None:
@@ -121,6 +184,20 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def _triton_version() -> str | None:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def device_name(device: torch.device) -> str:
+    """What the device is: the GPU's name as its driver reports it, or the processor's as the system does."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return _cpu_name() if device.type == "cpu" else device.type
+
+
 def environment(device: torch.device) -> dict[str, Any]:
     """What a reader of the results needs to know about the machine and the software."""
     return {
@@ -131,6 +208,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "platform": platform.platform(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "triton": _triton_version(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "cpu": _cpu_name(),
         "cpu_count": os.cpu_count(),

@@ -2,40 +2,46 @@
 
 One optimizer step is `Trainer.step`; everything around it (evaluation, logging, checkpoints, interruption)
 is `Trainer.run`. The state of a run is the step number, weights, optimizer, random generators and gradient
-scaler: the data loader has none, because the step number alone says which samples come next.
+scaler: the data loader has none, because the step number alone says which samples come next. Under torchrun
+every rank has a Trainer and calls its methods in the same order.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
+import gc
 import math
-import os
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fastgpt import checkpoint, runtime
-from fastgpt.config import CONFIG, GPTConfig, TrainConfig
-from fastgpt.data import DownloadError, Loader, TokenDataset, Tokenizer, ValidationSet, prepared
+from fastgpt import checkpoint, distributed, runtime, sharding
+from fastgpt.config import GPTConfig, TrainConfig
+from fastgpt.data import (
+    Batch,
+    DownloadError,
+    Loader,
+    Prefetcher,
+    TokenDataset,
+    Tokenizer,
+    ValidationSet,
+    prepared,
+)
+from fastgpt.distributed import World
 from fastgpt.errors import InputError, TrainingStopped
 from fastgpt.evaluate import validation_loss
 from fastgpt.generate import encode_prompt, sample_text
-from fastgpt.metrics import MetricsLog, plot_losses
+from fastgpt.metrics import MetricsLog, Silent, announce, plot_losses, step_row, write_record
 from fastgpt.model import GPT
-from fastgpt.optim import adamw
+from fastgpt.optim import adamw, update
 from fastgpt.pretrained import Pretrained, load_weights, read_pretrained
 from fastgpt.schedule import learning_rate
+from fastgpt.tasks import HellaSwag
 
-IGNORE_INDEX = -100
 _EVAL_BATCH_TOKENS = 4096  # larger batches use a CPU better; the logits of this many tokens fit anywhere
 
 
@@ -47,16 +53,22 @@ class Trainer:
         out_dir: the run's folder.
         data: tokens and their tokenizer.
         model: on the CPU, with its initial weights.
+        world: the processes that train it together; by default this one alone.
     """
 
-    def __init__(self, config: TrainConfig, out_dir: Path, data: TokenDataset, model: GPT) -> None:
+    def __init__(
+        self, config: TrainConfig, out_dir: Path, data: TokenDataset, model: GPT, world: World | None = None
+    ) -> None:
         self.config, self.data, self.out_dir = config, data, out_dir
-        self.device = runtime.resolve_device(config.device)
-        self.precision = runtime.resolve_precision(config.precision, self.device)
+        self.world = world or World(runtime.resolve_device(config.device))
+        self.device = self.world.device
+        self.precision = runtime.resolve_precision(config.precision, self.device, config.weights)
         self.model = model.to(self.device)
-        self.network: Callable[..., Any] = torch.compile(self.model) if config.compile else self.model
+        self.model.recompute(config.recompute)
+        self.parallel = sharding.arranged(self.model, self.world, config.parallel, config.weights)
+        self.network: Callable[..., Any] = torch.compile(self.parallel) if config.compile else self.parallel
         self.optimizer = adamw(self.model, config)
-        self.scaler = self.precision.scaler()
+        self.scaler = self.precision.scaler(shared=self.world.size > 1)
         block_size, vocab_size = config.model.block_size, data.tokenizer.vocab_size
         self.loader = Loader(
             data.train,
@@ -66,11 +78,13 @@ class Trainer:
             vocab_size=vocab_size,
             names=data.names["train"],
         )
+        self.prefetch = Prefetcher(self._micro_batches, self.device)
         limit = None if config.eval_tokens is None else max(1, config.eval_tokens // block_size)
         self.validation = ValidationSet(
             data.val, block_size, max_windows=limit, vocab_size=vocab_size, names=data.names["val"]
-        )
+        ).share(self.world.rank, self.world.size)
         encode_prompt(data.tokenizer, config.sample_prompt)  # an error now, not after the training
+        self.hellaswag = HellaSwag.open(config.hellaswag, data.tokenizer) if config.hellaswag else None
         self.steps_done = 0
         self.seconds = 0.0  # of training, evaluations and checkpoints not counted
         self.val_loss: float | None = None  # of the weights as they are now
@@ -84,38 +98,32 @@ class Trainer:
         """One optimizer step. Returns its loss and the gradient's norm before clipping, on the device.
 
         Each micro-batch contributes the sum of its losses over the number of tokens of the whole batch, so
-        that the gradient is the batch's own however it is split.
+        that the gradient is the batch's own however it is split. Gradients are averaged over ranks, which
+        makes that number a rank's share of it.
         """
-        config = self.config
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.steps_done, config)
-        micro_batches = self.loader.micro_batches(
-            self.steps_done, config.micro_batch_size or config.batch_size
-        )
-        tokens = sum(int((targets != IGNORE_INDEX).sum()) for _, targets in micro_batches)
+            group["lr"] = learning_rate(self.steps_done, self.config)
+        batches = self.prefetch(self.steps_done)
+        tokens = self.world.mean(torch.full((), float(batches.counted), device=self.device))
         loss = torch.zeros((), device=self.device)
-        for x, y in micro_batches:
-            with self.precision.autocast():
-                _, summed = self.network(
-                    self._to_device(x), self._to_device(y), reduction="sum", return_logits=False
-                )
-            self.scaler.scale(summed / tokens).backward()
+        for number, (x, y) in enumerate(batches.micro_batches, 1):
+            last = number == len(batches.micro_batches)
+            with sharding.accumulating(self.parallel, self.config.parallel, last=last):
+                with self.precision.autocast():
+                    _, summed = self.network(x, y, reduction="sum", return_logits=False)
+                self.scaler.scale(summed / tokens).backward()
             loss += summed.detach() / tokens
-        self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.world.mean(loss)
+        norm = update(self.optimizer, self.scaler, self.config.grad_clip)
         self.steps_done += 1
         self.val_loss = self._sample = None
         self._unchecked.append((self.steps_done, loss, norm))
         return loss, norm
 
-    def _to_device(self, array: np.ndarray) -> Tensor:
-        tensor = torch.from_numpy(array)
-        if self.device.type == "cuda":
-            return tensor.pin_memory().to(self.device, non_blocking=True)
-        return tensor.to(self.device)
+    def _micro_batches(self, step: int) -> list[Batch]:
+        """This rank's rows of a step."""
+        rows = self.config.micro_batch_size or self.config.batch_size
+        return self.loader.micro_batches(step, rows, self.world.rank, self.world.size)
 
     def check_finite(self) -> None:
         """Look at the losses and gradients since the last look; one transfer for all of them.
@@ -144,9 +152,9 @@ class Trainer:
     # -- evaluation and checkpoints ----------------------------------------------------------------------
 
     def evaluate(self) -> float:
-        """The loss on the fixed validation windows."""
+        """The loss on the fixed validation windows, of which each rank takes its share."""
         micro = self.config.micro_batch_size or self.config.batch_size
-        self.val_loss = validation_loss(
+        loss = validation_loss(
             self.model,
             self.validation,
             forward=self.network,
@@ -154,12 +162,29 @@ class Trainer:
             device=self.device,
             autocast=self.precision.autocast(),
         )
+        sharding.split_again(self.model)
+        share = torch.tensor(loss * self.validation.weight, dtype=torch.float64)
+        self.val_loss = self.world.mean(share).item()
         return self.val_loss
 
     def save(self) -> Path:
         """Write a checkpoint of the current step."""
         self.check_finite()
-        generators = runtime.rng_state(self.device)
+        generators = {
+            f"rng:{rank}:{name}": state
+            for name, own in runtime.rng_state(self.device).items()
+            for rank, state in enumerate(self.world.gather(own))
+        }
+        path = checkpoint.path_of(self.out_dir, self.steps_done)
+        if self.world.from_main(path.exists()):
+            return path  # complete, and training is deterministic: it holds the same bits
+        weights = checkpoint.model_tensors(self.model, self.optimizer, keep=self.world.main)
+        optimizer = checkpoint.optimizer_tensors(self.model, self.optimizer)
+        write_shards = self._write_shards if optimizer and sharding.is_split(self.model) else None
+        if not self.world.main:
+            if write_shards:
+                write_shards(checkpoint.shards_of(self.out_dir, self.steps_done))
+            return path
         state = {
             "step": self.steps_done,
             "seconds": self.seconds,
@@ -173,15 +198,18 @@ class Trainer:
             config=self.model.config,
             tokenizer=self.data.tokenizer,
             state=state,
-            model=self.model.state_dict(),
-            training={
-                **checkpoint.optimizer_tensors(self.model, self.optimizer),
-                **{f"rng:{name}": tensor for name, tensor in generators.items()},
-            },
+            model=weights,
+            training=generators if write_shards else {**optimizer, **generators},
+            write_shards=write_shards,
         )
 
+    def _write_shards(self, folder: Path) -> None:
+        """This rank's part of a checkpoint, in a folder that rank 0 has made by then."""
+        self.world.barrier()
+        sharding.save_shards(folder, checkpoint.optimizer_tensors(self.model, self.optimizer))
+
     def restore(self, saved: checkpoint.Checkpoint) -> None:
-        """Continue from a checkpoint of the same run, to the bit.
+        """Continue from a checkpoint of the same run; to the bit where as many ranks wrote it.
 
         Raises:
             InputError: the data or the network is not what the run was trained with.
@@ -194,17 +222,24 @@ class Trainer:
                 f"the tokens of corpus {self.config.corpus!r} are not those that {saved.path} was trained "
                 "on: restore the text, or start a new run with --init-from"
             )
-        self.model.load_state_dict(saved.model)
+        parameters = self.model.state_dict()
+        self.model.load_state_dict({k: sharding.like(v, parameters[k]) for k, v in saved.model.items()})
         training = saved.training()
-        generators = {k.removeprefix("rng:"): training.pop(k) for k in list(training) if k.startswith("rng:")}
-        checkpoint.load_optimizer_tensors(self.model, self.optimizer, training)
+        generators = {name: training.pop(name) for name in list(training) if name.startswith("rng:")}
+        training = checkpoint.read_optimizer_tensors(self.model, saved, training)
+        checkpoint.load_optimizer_tensors(self.model, self.optimizer, training, saved.model)
         self.scaler.load_state_dict(saved.state["scaler"])
         self.steps_done = saved.state["step"]
         self.seconds = saved.state["seconds"]
         self.val_loss, self._sample = saved.state["val_loss"], None
         best = saved.state["best_val_loss"]
         self.best_val_loss = math.inf if best is None else best
-        runtime.set_rng_state(generators, self.device)
+        own = f"rng:{self.world.rank}:"
+        mine = {k.removeprefix(own): state for k, state in generators.items() if k.startswith(own)}
+        if mine:
+            runtime.set_rng_state(mine, self.device)
+        else:  # of a rank that did not exist then
+            torch.manual_seed(runtime.rank_seed(self.config.seed + self.steps_done, self.world.rank))
 
     # -- the loop ----------------------------------------------------------------------------------------
 
@@ -215,15 +250,19 @@ class Trainer:
             TrainingStopped: the loss is no longer finite.
         """
         config = self.config
-        log = MetricsLog(self.out_dir, first_step=self.steps_done, total_steps=config.max_steps)
+        benchmarks = (config.hellaswag_every,) if self.hellaswag else ()
+        log: MetricsLog | Silent = Silent()
+        if self.world.main:
+            log = MetricsLog(self.out_dir, first_step=self.steps_done, total_steps=config.max_steps)
         self.model.train()
         self._since = (time.perf_counter(), self.steps_done)
+        stop = distributed.Vote(self.world)
         try:
-            with _interruptible() as interrupted:
-                while self.steps_done < config.max_steps and not interrupted():
+            with runtime.interruptible() as interrupted, runtime.no_garbage_collection():
+                while self.steps_done < config.max_steps and not stop(interrupted()):
                     loss, norm = self.step()
                     log.advance()
-                    if self._due(config.log_every, config.eval_every, config.checkpoint_every):
+                    if self._due(config.log_every, config.eval_every, config.checkpoint_every, *benchmarks):
                         self._look(loss, norm, log)
         finally:
             log.close()
@@ -232,7 +271,7 @@ class Trainer:
     def _due(self, *every: int) -> bool:
         return self.steps_done == self.config.max_steps or any(self.steps_done % n == 0 for n in every)
 
-    def _look(self, loss: Tensor, norm: Tensor, log: MetricsLog) -> None:
+    def _look(self, loss: Tensor, norm: Tensor, log: MetricsLog | Silent) -> None:
         """Log the step just done; evaluate and save where they are due."""
         self.check_finite()
         start, first = self._since
@@ -243,60 +282,31 @@ class Trainer:
             val_loss = self.evaluate()
             improved = val_loss < self.best_val_loss
             self.best_val_loss = min(self.best_val_loss, val_loss)
-        log.log(self._row(loss.item(), norm.item(), (self.steps_done - first) / elapsed))
+        row = step_row(self, loss.item(), norm.item(), (self.steps_done - first) / elapsed)
+        if self.hellaswag and self._due(self.config.hellaswag_every):
+            model = sharding.whole_model(self.model, self.world)
+            if self.world.main:
+                with self.precision.autocast():
+                    row |= {f"hellaswag_{k}": v for k, v in self.hellaswag.evaluate(model).items()}
+        log.log(row)
         if improved or self._due(self.config.checkpoint_every):
             self.save()
         if self.val_loss is not None and self.config.sample_tokens:
             log.sample(self.sample(), self.steps_done)
+        if self._due(self.config.eval_every, self.config.checkpoint_every):
+            gc.collect()
         self._since = (time.perf_counter(), self.steps_done)
 
-    def _row(self, loss: float, norm: float, steps_per_second: float) -> dict[str, Any]:
-        tokens_per_step = self.config.batch_size * self.config.model.block_size
-        tokens_per_s = steps_per_second * tokens_per_step
-        peak = self.precision.peak_flops()
-        return {
-            "step": self.steps_done,
-            "tokens": self.steps_done * tokens_per_step,
-            "train_loss": loss,
-            "val_loss": self.val_loss,
-            "lr": self.optimizer.param_groups[0]["lr"],
-            "grad_norm": norm
-            if math.isfinite(norm)
-            else None,  # infinite where the fp16 scaler skipped the step
-            "tokens_per_s": tokens_per_s,
-            "mfu": tokens_per_s * self.model.flops_per_token() / peak if peak else None,
-            "seconds": self.seconds,
-        }
-
     def sample(self) -> str:
-        """A continuation of sample_prompt by the weights as they are."""
+        """A continuation of sample_prompt by the weights as they are; on other ranks than 0, nothing."""
         if self._sample is None:
-            config = self.config
-            self._sample = sample_text(
-                self.model, self.data.tokenizer, config.sample_prompt, config.sample_tokens, seed=config.seed
-            )
+            config, model = self.config, sharding.whole_model(self.model, self.world)
+            prompt, length = config.sample_prompt, config.sample_tokens
+            if self.world.main:
+                self._sample = sample_text(model, self.data.tokenizer, prompt, length, seed=config.seed)
+            else:
+                self._sample = ""
         return self._sample
-
-
-@contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Yields whether Ctrl-C or SIGTERM came; the second Ctrl-C stops at once."""
-    received: list[int] = []
-
-    def note(signum: int, _: object) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(signum)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False  # only the main thread may handle signals
-        return
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(received)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 # -- from a configuration to a run ---------------------------------------------------------------------------
@@ -309,28 +319,38 @@ def train(config: TrainConfig) -> Trainer:
         InputError: something in the input is wrong; nothing was overwritten.
         TrainingStopped: the loss became NaN or infinite.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("one of several processes (WORLD_SIZE > 1): fastgpt train runs in a single one")
-    out_dir = config.out_dir
-    if out_dir is None:
+    if config.out_dir is None:
         raise InputError("out_dir is not set: name the folder for the run")
-    device = runtime.resolve_device(config.device)
-    resumed = checkpoint.load(checkpoint.find(out_dir, "last")) if config.resume else None
+    with distributed.joined(config.device, config.timeout_minutes) as world:
+        out_dir = world.from_main(config.out_dir)  # its name may hold the time
+        trainer = _trainer(dataclasses.replace(config, out_dir=out_dir), out_dir, world)
+        if world.main:
+            write_record(trainer)
+            announce(trainer)
+        trainer.run()
+        if config.sample_tokens:
+            trainer.sample()  # while all ranks are here; who asks later gets this one
+        if world.main:
+            plot_losses(out_dir)
+    return trainer
+
+
+def _trainer(config: TrainConfig, out_dir: Path, world: World) -> Trainer:
+    """All that the run needs, as it was left if it is resumed."""
+    resume = config.resume or (distributed.restarted() and checkpoint.checkpoints(out_dir))
+    resumed = checkpoint.load(checkpoint.find(out_dir, "last")) if resume else None
     source = resumed or _starting_weights(config, out_dir)
-    data, config = open_data(config, source.tokenizer if source else None)
+    with world.one_first():
+        data, config = open_data(config, source.tokenizer if source else None, world.say)
     torch.manual_seed(config.seed)
     model = GPT(config.model)
     if source is not None:
         load_weights(model, source)
-    trainer = Trainer(config, out_dir, data, model)
+    if world.rank:  # the same weights on all ranks, but not the same dropout
+        torch.manual_seed(runtime.rank_seed(config.seed, world.rank))
+    trainer = Trainer(config, out_dir, data, model, world)
     if resumed is not None:
         trainer.restore(resumed)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    (out_dir / CONFIG).write_text(config.to_json())
-    (out_dir / "environment.json").write_text(json.dumps(runtime.environment(device), indent=2) + "\n")
-    _announce(trainer)
-    trainer.run()
-    plot_losses(out_dir)
     return trainer
 
 
@@ -343,12 +363,15 @@ def _starting_weights(config: TrainConfig, out_dir: Path) -> Pretrained | checkp
     return read_pretrained(config.init_from) if config.init_from else None
 
 
-def open_data(config: TrainConfig, tokenizer: Tokenizer | None) -> tuple[TokenDataset, TrainConfig]:
+def open_data(
+    config: TrainConfig, tokenizer: Tokenizer | None, say: Callable[[str], None] = print
+) -> tuple[TokenDataset, TrainConfig]:
     """The tokens of config.corpus, and the config with corpus and vocabulary resolved.
 
     Args:
         config: names the corpus, and the tokenizer where none is given.
         tokenizer: of the weights that training starts from.
+        say: where a notice goes.
     """
     chosen = tokenizer or config.tokenizer
     try:
@@ -356,7 +379,7 @@ def open_data(config: TrainConfig, tokenizer: Tokenizer | None) -> tuple[TokenDa
     except DownloadError as error:
         if config.fallback_corpus is None:
             raise
-        print(f"{error}: training on {config.fallback_corpus!r} instead")
+        say(f"{error}: training on {config.fallback_corpus!r} instead")
         config = dataclasses.replace(config, corpus=config.fallback_corpus)
         folder = prepared(config.corpus, chosen, val_fraction=config.val_fraction)
     data = TokenDataset.open(folder)
@@ -374,21 +397,3 @@ def open_data(config: TrainConfig, tokenizer: Tokenizer | None) -> tuple[TokenDa
         )
     model = dataclasses.replace(config.model, vocab_size=vocab_size)
     return data, dataclasses.replace(config, model=model)
-
-
-def _announce(trainer: Trainer) -> None:
-    config, data, model = trainer.config, trainer.data, trainer.config.model
-    tokenizer, sequences = data.tokenizer, config.max_steps * config.batch_size
-    train_tokens, val_tokens = (sum(map(len, shards)) for shards in (data.train, data.val))
-    epochs = trainer.loader.epoch_of(config.max_steps)
-    lines = {
-        "data": f"{config.corpus}: {train_tokens:,} training and {val_tokens:,} validation tokens "
-        f"({tokenizer.name}, {tokenizer.vocab_size} in the vocabulary)",
-        "model": f"{model.n_layer} layers, {model.n_head} heads, {model.n_embd} wide, "
-        f"block {model.block_size}: {trainer.model.num_params():,} parameters",
-        "training": f"{config.max_steps} steps of {config.batch_size} sequences "
-        f"= {sequences * model.block_size:,} tokens, {epochs:.1f} epochs",
-        "computing": f"{trainer.precision.name} on {trainer.device}, {torch.get_num_threads()} CPU threads",
-        "run": f"{trainer.out_dir}" + (f", after step {trainer.steps_done}" if trainer.steps_done else ""),
-    }
-    print("\n".join(f"{name:<10} {line}" for name, line in lines.items()), flush=True)

@@ -52,6 +52,7 @@ from fastgpt.kernels.attention_tiles import (
     head_start,
     kept,
     load_tile,
+    most_registers,
     seen,
     split_packed,
     store_tile,
@@ -326,6 +327,7 @@ def attention_forward(
         WINDOWED=windowed,
         num_warps=config.warps,
         num_stages=config.stages,
+        maxnreg=most_registers(q, crowded=seed is not None or Tq <= FEW_QUERIES),
     )
     if parts is not None:
         launch(

@@ -39,6 +39,7 @@ from fastgpt.kernels.attention_tiles import (
     head_start,
     kept,
     load_tile,
+    most_registers,
     seen,
     split_packed,
     store_tile,
@@ -409,7 +410,10 @@ def attention_backward(
     inputs = *strides(q), *strides(k), *strides(v)
     sizes = H, Tq, Tk, window if windowed else Tk, D**-0.5 if scale is None else scale, dropout_p
     constants = {"D": D, "BLOCK_D": block_d(D), "WINDOWED": windowed}
+    registers = most_registers(q, crowded=seed is not None)
     dropout = None if seed is None else QUERIES_DROPOUT
+    if dropout is not None and block_d(D) > D:  # at 48 a second stage spills on sm_120
+        dropout = dropout._replace(stages=1)
     config = choose(QUERIES_HALVES, QUERIES_FP32, q, dropout=dropout, half_step=seed is not None)
     if has_alternatives(q, seed, windowed):
         config = tuned("attention_backward_queries", config, CANDIDATES)
@@ -423,6 +427,7 @@ def attention_backward(
         **constants,
         num_warps=config.warps,
         num_stages=config.stages,
+        maxnreg=registers,
     )
     dropout = None if seed is None else KEYS_DROPOUT
     half_step = windowed or seed is not None or block_d(D) > D
@@ -439,5 +444,6 @@ def attention_backward(
         **constants,
         num_warps=config.warps,
         num_stages=config.stages,
+        maxnreg=registers,
     )
     return result

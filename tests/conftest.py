@@ -14,6 +14,7 @@ import torch
 import triton_interpreter
 
 from fastgpt.config import GPTConfig, TrainConfig
+from fastgpt.ops import choices
 
 # One thread, here and in the processes that tests start: the cores belong to the test processes, and two
 # OpenMP threads that wait for each other on a busy core are many times slower than one.
@@ -34,6 +35,8 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FASTGPT_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.delenv("FASTGPT_OPS", raising=False)
+        # What comes with the package may change with every measurement; without it `auto` is eager.
+        patch.setattr(choices, "SHIPPED", tmp_path_factory.mktemp("shipped") / "measured.json")
         yield
 
 

@@ -63,7 +63,7 @@ def operations(files: list[Path]) -> str:
     for path in CUDA.glob("*_ops.cpp"):
         text = path.read_text()
         if any(header in text for header in headers):
-            names |= set(re.findall(r'\bimpl\(\s*"(\w+)_forward"', text))
+            names |= cuda_emulator.operations(path)
     return " or ".join(f"emulated-{name}-" for name in sorted(names))
 
 
@@ -71,7 +71,7 @@ def tests_fail(barrier: Barrier | None, files: list[Path], checked: str) -> str 
     """What is reported with the barrier gone, or None where all is well."""
     with tempfile.TemporaryDirectory() as folder:
         csrc = Path(folder) / "csrc"
-        shutil.copytree(CSRC / "cuda", csrc / "cuda")
+        shutil.copytree(CSRC, csrc)
         if barrier is not None:
             path = csrc / "cuda" / barrier.file
             text = path.read_text()

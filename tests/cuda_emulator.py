@@ -88,6 +88,11 @@ def sources() -> list[Path]:
     return [CUDA / name for name in names if name.startswith((*only, "partials"))]
 
 
+def named(path: Path | str | None) -> str:
+    """As the compiler is told of it, which runs in ROOT: the same in a copy of the tree."""
+    return str(path).removeprefix(f"{ROOT}/")
+
+
 def command(source: Path, checked: str, csrc: Path) -> list[str]:
     """The compiler's, but for what it writes."""
     flags = ["-fPIC", "-Wall", "-Wextra", "-Wno-attributes", "-Wno-unknown-pragmas", "-DFASTGPT_EMULATED"]
@@ -101,7 +106,7 @@ def command(source: Path, checked: str, csrc: Path) -> list[str]:
         language = ["-std=c++17", "-O2", *defined]
     else:
         language = ["-x", "c++", "-std=c++17", "-O2" if not checked else "-O1", "-g1", *SANITIZERS[checked]]
-    return ["g++", *flags, *language, *(f"-I{path}" for path in includes), "-c", str(source)]
+    return ["g++", *flags, *language, *(f"-I{named(path)}" for path in includes), "-c", named(source)]
 
 
 @contextmanager
@@ -123,8 +128,8 @@ def kept(call: Sequence[str], target: Path) -> Path:
     def state() -> str:
         names = re.findall(r"[^\s\\]+", reads.read_text().split(":", 1)[1])
         digest = hashlib.sha256(" ".join(call).encode())
-        for name in names:
-            digest.update(Path(name).read_bytes() if Path(name).exists() else b"?")
+        for path in (ROOT / name for name in names):
+            digest.update(path.read_bytes() if path.exists() else b"?")
         return digest.hexdigest()
 
     with locked(target):
@@ -136,7 +141,7 @@ def kept(call: Sequence[str], target: Path) -> Path:
 
 
 def run(call: Sequence[str]) -> str:
-    done = subprocess.run(call, capture_output=True, text=True)
+    done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True)
     if done.returncode != 0:
         raise InputError(f"{' '.join(call)}\n{done.stdout}{done.stderr}")
     return done.stdout + done.stderr
@@ -199,14 +204,17 @@ def set_schedule(schedule: str) -> None:
         raise InputError(f"no schedule {schedule!r}")
 
 
+def operations(binding: Path) -> set[str]:
+    """Those that a binding registers, itself or by what it includes of csrc/shared."""
+    text = binding.read_text()
+    for name in re.findall(r'#include "(shared/\w+\.h)"', text):
+        text += (CSRC / name).read_text()
+    return set(re.findall(r'\bimpl\(\s*"(\w+)_forward"', text))
+
+
 def operators() -> list[library.Operator]:
     """Those with a binding in csrc/cuda."""
-    bound = {
-        name
-        for path in CUDA.glob("*_ops.cpp")
-        if path in sources()
-        for name in re.findall(r'\bimpl\(\s*"(\w+)_forward"', path.read_text())
-    }
+    bound = {name for path in CUDA.glob("*_ops.cpp") if path in sources() for name in operations(path)}
     modules = [
         importlib.import_module(f"fastgpt.ops.{m.name}") for m in pkgutil.iter_modules(registry_path())
     ]

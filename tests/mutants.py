@@ -7,7 +7,8 @@ A test file lists what its tests must notice:
     MUTANTS = {"kernels/foo.py": [("text that occurs once", "what to put there"), ...]}
 
 A third string in the tuple is given to pytest in place of the test file. Each mutant is made in a copy of
-the tree, so that the tree itself is never touched. Prints the mutants that no test noticed, and exits with
+the tree, so that the tree itself is never touched. What a mutant of csrc/ changes is compiled again: for the
+emulator (csrc/cuda), or into the copy's fastgpt._C. Prints the mutants that no test noticed, and exits with
 status 1 if there are any.
 """
 
@@ -15,7 +16,9 @@ from __future__ import annotations
 
 import argparse
 import ast
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -26,8 +29,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import cuda_emulator
+import torch
+
 ROOT = Path(__file__).parents[1]
-COPIED = ("fastgpt", "kernels", "tests", "pyproject.toml")
+COPIED = ("fastgpt", "kernels", "csrc", "tests", "pyproject.toml")
+EMULATED = Path("build/emulator/plain")  # what the emulator has compiled
 
 
 class Mutant(NamedTuple):
@@ -55,16 +62,56 @@ def mutate(mutant: Mutant, tree: Path) -> None:
     for name in COPIED:
         source = ROOT / name
         if source.is_dir():
-            shutil.copytree(source, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(source, tree / name, symlinks=True, ignore=ignored)
         else:
             shutil.copy(source, tree / name)
     # Installed for development, fastgpt.kernels is the original tree's: here it must be the copy's.
-    (tree / "fastgpt" / "kernels").symlink_to("../kernels")
+    link = tree / "fastgpt" / "kernels"
+    link.unlink(missing_ok=True)
+    link.symlink_to("../kernels")
     path = tree / mutant.file
     text = path.read_text()
     if (count := text.count(mutant.old)) != 1:
         raise SystemExit(f"{mutant.file} holds {count} times, not once: {mutant.old!r}")
     path.write_text(text.replace(mutant.old, mutant.new))
+    if mutant.file.startswith("csrc/cuda/"):
+        shutil.copytree(ROOT / EMULATED, tree / EMULATED)
+    elif mutant.file.startswith("csrc/"):
+        build_extension(tree, mutant.file)
+
+
+def build_extension(tree: Path, changed: str) -> None:
+    """Link fastgpt._C of what was compiled for the CPU in ROOT, but for the files that read `changed`.
+
+    Compiling all of it for each mutant would take minutes.
+    """
+    folder = next((ROOT / "build").glob("temp.*"))
+    ask = [sys.executable, "-m", "ninja", "-t", "compdb", "compile"]
+    said = subprocess.run(ask, cwd=folder, check=True, capture_output=True, text=True)
+    objects = {}
+    for step in json.loads(said.stdout):
+        source, target, command = Path(step["file"]), step["output"], step["command"]
+        if "/csrc/cuda/" in target:
+            continue
+        objects[source] = target
+        if tree / changed in reads(tree / source.relative_to(ROOT), set()):
+            objects[source] = f"{tree}/{source.parent.name}_{source.stem}.o"
+            command = command.replace(target, objects[source]).replace(f"{ROOT}/csrc", f"{tree}/csrc")
+            subprocess.run(command, shell=True, check=True, capture_output=True)
+    out = next((tree / "fastgpt").glob("_C.*.so"))
+    libraries = [f"-L{Path(torch.__file__).parent / 'lib'}", "-lc10", "-ltorch_cpu", "-ltorch_python"]
+    subprocess.run(["c++", "-shared", "-fopenmp", *objects.values(), *libraries, "-o", out], check=True)
+
+
+def reads(source: Path, seen: set[Path]) -> set[Path]:
+    """The file and those of csrc/ that it includes, also by way of a macro; added to `seen`."""
+    csrc = next(folder for folder in source.parents if folder.name == "csrc")
+    seen.add(source)
+    for name in re.findall(r'"([\w/]+\.h)"', source.read_text()):
+        if (csrc / name).exists() and csrc / name not in seen:
+            reads(csrc / name, seen)
+    return seen
 
 
 def noticed(mutant: Mutant) -> bool:
@@ -96,6 +143,8 @@ def main() -> None:
     parser.add_argument("-j", type=int, default=1, help="how many at the same time")
     options = parser.parse_args()
     chosen = [m for m in mutants() if not options.words or any(word in str(m) for word in options.words)]
+    if any(mutant.file.startswith("csrc/cuda/") for mutant in chosen):
+        cuda_emulator.loaded()  # compiles what is not yet
     with ThreadPoolExecutor(options.j) as pool:
         results = list(pool.map(noticed, chosen))
     survivors = [mutant for mutant, seen in zip(chosen, results, strict=True) if not seen]

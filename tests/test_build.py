@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -74,10 +75,35 @@ def test_without_nvcc(tmp_path: Path) -> None:
     assert "FASTGPT_BUILD=cuda: no nvcc" in asked.stderr
 
 
-def test_wheel_without_native_kernels_holds_the_package(tmp_path: Path) -> None:
-    source = tmp_path / "source"
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A clean tree, as a checkout has it."""
     ignore = shutil.ignore_patterns(".*", "build", "runs", "*.so", "*.egg-info", "__pycache__")
-    shutil.copytree(ROOT, source, ignore=ignore)
+    return Path(shutil.copytree(ROOT, tmp_path / "source", ignore=ignore))
+
+
+def test_source_distribution_holds_what_is_compiled(source: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "setup.py", "-q", "sdist", "-d", str(tmp_path)]
+    environment = {**os.environ, "FASTGPT_BUILD": "none"}
+    done = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        names = {name.split("/", 1)[-1] for name in archive.getnames()}
+    files = {str(path.relative_to(source)) for path in (source / "csrc").rglob("*.*")}
+    assert len(files) > 90
+    assert files | {"setup.py", "kernels/layer_norm.py", "fastgpt/model.py"} <= names
+
+
+PROBE = """
+import torch
+from fastgpt import ops
+print(ops.gelu(torch.zeros(2), backend="eager").tolist())
+ops.gelu(torch.zeros(2), backend="native")
+"""
+
+
+def test_wheel_without_native_kernels_holds_the_package(source: Path, tmp_path: Path) -> None:
+    """It works; the error of whoever asks for what is not there says what to do."""
     command = [
         sys.executable,
         "-m",
@@ -93,6 +119,15 @@ def test_wheel_without_native_kernels_holds_the_package(tmp_path: Path) -> None:
         command, cwd=source, env={**os.environ, "FASTGPT_BUILD": "none"}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
+    wheel = zipfile.ZipFile(next(tmp_path.glob("*.whl")))
+    names = wheel.namelist()
     assert {"fastgpt/model.py", "fastgpt/kernels/layer_norm.py", "fastgpt/py.typed"} <= set(names)
+    assert {f"fastgpt/benchmarks/report/page.{kind}" for kind in ("html", "css", "js")} <= set(names)
     assert not [name for name in names if name.endswith(".so") or name.split("/")[0] in ("kernels", "tests")]
+    wheel.extractall(tmp_path / "installed")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
+    tried = subprocess.run(
+        [sys.executable, "-c", PROBE], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert tried.stdout == "[0.0, 0.0]\n", tried.stderr
+    assert "the native kernels were not built: install fastgpt again with a C++ compiler" in tried.stderr

@@ -45,7 +45,7 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(f"fastgpt {command}" in out for command in COMMANDS)
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == "0.1.0\n"
-    for command in ("prepare", "sample", "eval", "train"):
+    for command in ("prepare", "sample", "eval", "export", "train"):
         with pytest.raises(SystemExit) as stopped:
             main([command, "--help"])
         assert stopped.value.code == 0
@@ -105,8 +105,11 @@ def test_sampling(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert greedy.startswith("a")
     assert len(greedy) == 1 + 40 + 1  # prompt, sample, newline
     assert sample("--seed", "1") == sample("--seed", "1") != sample("--seed", "2")
-    several = sample("--num-samples", "3", "--top-k", "5", "--top-p", "0.9")
+    several = sample("--num-samples", "3", "--seed", "5", "--top-k", "5", "--top-p", "0.9")
     assert several.count("--- sample") == 3
+    alone = sample("--seed", "6", "--top-k", "5", "--top-p", "0.9")
+    assert f"--- sample 2 of 3 ---\n{alone}--- sample 3" in several
+    assert several == sample("--num-samples", "3", "--seed=5", "--top-k=5", "--top-p=0.9", "--batch-size=2")
 
 
 def test_sampling_from_a_prompt_file_longer_than_the_block(
@@ -234,6 +237,7 @@ def test_bad_sampling_input(run: Path, capsys: pytest.CaptureFixture[str], tmp_p
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     assert "not UTF-8 text: byte 3" in fails(capsys, "sample", run, "--prompt-file", tmp_path / "latin.txt")
     assert "must be at least 1" in fails(capsys, "sample", run, "--num-samples", "0")
+    assert "must be at least 1" in fails(capsys, "sample", run, "--batch-size", "0")
     assert "expected the folder of a run" in fails(capsys, "sample", tmp_path / "none")
 
 

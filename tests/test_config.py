@@ -7,12 +7,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fastgpt.config import PRESETS, GPTConfig, TrainConfig, config_fields, override, preset
 from fastgpt.errors import InputError
+from fastgpt.model import GPT
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -78,3 +80,31 @@ def test_padding_is_the_next_multiple(vocab_size: int) -> None:
 def test_unknown_presets_name_the_closest() -> None:
     with pytest.raises(InputError, match="unknown preset 'gpt2-larg': did you mean 'gpt2-large'"):
         preset("gpt2-larg")
+
+
+@pytest.mark.parametrize(
+    ("name", "millions", "learning_rate", "micro_batch_size"),
+    [
+        ("gpt2-124m", 124.4, 6e-4, 64),
+        ("gpt2-350m", 354.8, 3e-4, 32),
+        ("gpt2-774m", 774.0, 2.5e-4, 16),
+        ("gpt2-1.5b", 1557.6, 2e-4, 8),
+    ],
+)
+def test_reproduction_presets(
+    name: str, millions: float, learning_rate: float, micro_batch_size: int
+) -> None:
+    """Their sizes (published: 124M, 355M, 774M, 1558M), GPT-3's settings, and 10B tokens in 2^19 a step."""
+    config = preset(name)
+    with torch.device("meta"):
+        assert GPT(config.model).num_params() / 1e6 == pytest.approx(millions, abs=0.05)
+    assert config.batch_size * config.model.block_size == 524_288
+    assert config.max_steps * 524_288 == pytest.approx(10e9, rel=1e-4)
+    assert (config.learning_rate, config.min_lr_fraction, config.warmup_steps) == (learning_rate, 0.1, 715)
+    assert (config.schedule, config.weight_decay, config.betas, config.grad_clip) == (
+        *("cosine", 0.1),
+        *((0.9, 0.95), 1.0),
+    )
+    assert config.micro_batch_size == micro_batch_size
+    for ranks in (1, 2, 4, 8):  # whole micro-batches on each
+        assert config.batch_size % (ranks * micro_batch_size) == 0

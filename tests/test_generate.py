@@ -9,12 +9,18 @@ import torch
 
 from fastgpt import GPT, GPTConfig
 from fastgpt.data import ByteTokenizer, CharTokenizer, GPT2Tokenizer
+from fastgpt.data.tokenizers import Tokenizer
 from fastgpt.errors import InputError
-from fastgpt.generate import choose, encode_prompt, generate, sample_text, stream_text
+from fastgpt.generate import choose, encode_prompt, generate, generate_texts, sample_text, stream_text
 
 MUTANTS = {
     "fastgpt/model.py": [("start = 0 if cache is None else cache.length", "start = 0")],
-    "fastgpt/generate.py": [("above >= top_p", "above > 1.5 * top_p")],
+    "fastgpt/generate.py": [
+        ("above >= top_p", "above > 1.5 * top_p"),
+        ("for row, own in rows", "for row, _ in rows for own in [generator[0]]"),
+        ("if ended.all():", "if ended.any():"),
+        ("model.logits(x[:, -1])[:, :vocab_size]", "model.logits(x[:, -1])"),
+    ],
 }
 
 CONFIG = GPTConfig(vocab_size=65, block_size=16, n_layer=2, n_head=2, n_embd=32)
@@ -153,3 +159,43 @@ def test_sample_text_is_reproducible(model: GPT) -> None:
     assert first != sample_text(model, tokenizer, "AB", 20, seed=4)
     assert first.startswith("AB")
     assert len(first) == 22
+
+
+ASCII = CharTokenizer("".join(chr(33 + i) for i in range(65)))
+
+
+def texts(model: GPT, tokenizer: Tokenizer = ASCII, count: int = 40, **options: object) -> list[str]:
+    prompt = torch.tensor([3, 1, 4])
+    return ["".join(pieces) for pieces in generate_texts(model, tokenizer, prompt, count, **options)]
+
+
+@pytest.mark.parametrize("batch_size", [2, 16])
+def test_a_batch_writes_what_each_seed_writes_alone(model: GPT, batch_size: int) -> None:
+    """Past the block size too; 5 seeds in batches of 2 leave one over, which is streamed."""
+    seeds = range(10, 15)
+    alone = [texts(model, seeds=[seed], top_k=20, top_p=0.95)[0] for seed in seeds]
+    assert len(set(alone)) == 5
+    assert texts(model, seeds=seeds, batch_size=batch_size, top_k=20, top_p=0.95) == alone
+    plain = texts(model, seeds=seeds, batch_size=batch_size, top_k=20, top_p=0.95, use_cache=False)
+    assert plain == alone
+
+
+def test_a_batch_stops_when_every_text_has_ended(model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = texts(model, seeds=range(3))
+    ends = {c: [text.find(c) for text in whole] for c in ASCII.vocab}
+    last = next(c for c, places in ends.items() if min(places) >= 0 and len(set(places)) == 3)
+    tokenizer = CharTokenizer(ASCII.vocab)
+    tokenizer.eot = ASCII.vocab.index(last)  # as if that character ended a text
+    steps = []
+    monkeypatch.setattr(
+        "fastgpt.generate.choose", lambda *args, **options: steps.append(1) or choose(*args, **options)
+    )
+    assert texts(model, tokenizer, seeds=range(3)) == [text[: text.index(last)] for text in whole]
+    assert len(steps) == max(ends[last]) + 1 < 40
+
+
+def test_only_ids_that_the_tokenizer_has_are_drawn(model: GPT) -> None:
+    few = CharTokenizer(ASCII.vocab[:8])
+    written = "".join(texts(model, few, seeds=range(3)))
+    assert set(written) <= set(few.vocab)
+    assert len(set(written)) > 3

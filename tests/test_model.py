@@ -18,6 +18,8 @@ MUTANTS = {
         ("[..., : self.config.vocab_size]", ""),
         ("reduction=reduction, vocab_size=self.config.vocab_size", "reduction=reduction"),
         ("INIT_STD / math.sqrt(2 * self.config.n_layer)", "INIT_STD"),
+        ("self.token_embedding if self.config.tied_head else self.lm_head.weight", "self.token_embedding"),
+        ("- self.transformer.wpe.weight.numel() - untied", "- self.transformer.wpe.weight.numel()"),
     ],
 }
 
@@ -78,20 +80,21 @@ def test_initial_weights_are_gpt2s() -> None:
             assert p.std().item() == pytest.approx(std, rel=0.05), name
 
 
+@pytest.mark.parametrize("tied_head", [True, False])
 @pytest.mark.parametrize("return_logits", [True, False])
-def test_padded_rows_change_nothing_and_get_no_gradient(return_logits: bool) -> None:
+def test_padded_rows_change_nothing_and_get_no_gradient(return_logits: bool, tied_head: bool) -> None:
     torch.manual_seed(0)
-    model = GPT(TINY)
+    model = GPT(dataclasses.replace(TINY, tied_head=tied_head))
     x, y = tokens(TINY), tokens(TINY, seed=1)
     before = model(x, y, return_logits=return_logits)
     with torch.no_grad():
-        model.token_embedding[TINY.vocab_size :] = 100.0
+        model.classifier[TINY.vocab_size :] = 100.0
     logits, loss = model(x, y, return_logits=return_logits)
     assert torch.equal(loss, before[1])
     if logits is not None:
         assert logits.shape == (3, 16, 65)
     loss.backward()
-    padding = model.token_embedding.grad[TINY.vocab_size :]
+    padding = model.classifier.grad[TINY.vocab_size :]
     assert padding.shape == (63, 32)
     assert (padding == 0).all()
 
@@ -123,7 +126,8 @@ def test_tokens_see_only_the_past() -> None:
 def test_gradients_of_the_whole_model_in_float64(activation: str, bias: bool) -> None:
     """Every parameter against central differences of the loss, in a random direction."""
     torch.manual_seed(0)
-    config = GPTConfig(11, 6, n_layer=2, n_head=2, n_embd=8, activation=activation, bias=bias)
+    shape = {"n_layer": 2, "n_head": 2, "n_embd": 8, "tied_head": bias}
+    config = GPTConfig(11, 6, activation=activation, bias=bias, **shape)
     model = GPT(config).double()
     with torch.no_grad():
         for p in model.parameters():  # initial weights are too small for each path to matter
@@ -168,8 +172,9 @@ def test_dropout_is_random_in_training_and_off_in_evaluation() -> None:
     assert torch.equal(model(x)[0], model(x)[0])
 
 
-def test_flops_per_token_agree_with_counted_matmuls() -> None:
-    config = dataclasses.replace(TINY, vocab_size=128, n_embd=64)
+@pytest.mark.parametrize("tied_head", [True, False])
+def test_flops_per_token_agree_with_counted_matmuls(tied_head: bool) -> None:
+    config = dataclasses.replace(TINY, vocab_size=128, n_embd=64, tied_head=tied_head)
     model = GPT(config)
     x = tokens(config, batch=1)
     with FlopCounterMode(display=False) as counter:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
+from typing import Any
 
 import cuda_emulator
 import pytest
 import torch
+from ops.helpers import assert_accurate
 from torch import Tensor
 
 from fastgpt import GPT, GPTConfig, ops
+from fastgpt.ops import registry
 
 cuda_emulator.register_rows()
 
@@ -75,6 +79,10 @@ def test_same_losses(name: str) -> None:
         actual = train(model())
         again = train(model(), steps=3)
     assert torch.equal(actual[:3], again)
+    assert_same_losses(actual, eager, oracle)
+
+
+def assert_same_losses(actual: Tensor, eager: Tensor, oracle: Tensor) -> None:
     assert actual[-4:].mean() < actual[:4].mean() - 0.5
     for norm in (2, torch.inf):
         error, theirs, size = (
@@ -84,14 +92,58 @@ def test_same_losses(name: str) -> None:
 
 
 @implementations
-def test_dropout(name: str) -> None:
-    """It learns, repeats bit for bit from the same seed, and differs from the run without dropout."""
+def test_same_gradients(name: str) -> None:
+    """Loss and the gradient of every parameter, forward and backward on this implementation alone."""
+
+    def everything(backend: str, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+        gpt = model(dtype=dtype)
+        with ops.use(backend):
+            loss = gpt(*batch(), return_logits=False)[1]
+            return [loss.detach(), *torch.autograd.grad(loss, list(gpt.parameters()))]
+
+    oracle, eager = everything("eager", torch.float64), everything("eager")
+    for actual, theirs, exact in zip(everything(name), eager, oracle, strict=True):
+        assert_accurate(actual, theirs, exact.cpu())
+
+
+@implementations
+def test_same_losses_with_dropout(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As above, where eager and its oracle drop what kernels do; it repeats, and differs from no dropout."""
     with ops.use(name):
-        losses = train(model(dropout=0.1))
-        assert losses.isfinite().all()
-        assert losses[-4:].mean() < losses[:4].mean() - 0.5
-        assert torch.equal(train(model(dropout=0.1), steps=3), losses[:3])
-        assert train(model(), steps=1) != losses[:1]
+        actual = train(model(dropout=0.1))
+        assert torch.equal(train(model(dropout=0.1), steps=3), actual[:3])
+        assert train(model(), steps=1) != actual[:1]
+    with ops.use("eager"):
+        if name != "eager":
+            drop_as("native" if "native" in NAMES else name, monkeypatch)
+        oracle, eager = train(model(0.1, torch.float64)), train(model(0.1))
+    assert_same_losses(actual, eager, oracle)
+
+
+def drop_as(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make `eager` the equations with the factors z of the kernels `name`: one seed drops the same in all."""
+
+    def dropout_add(x: Tensor, residual: Tensor, *, p: float, training: bool = True) -> Tensor:
+        ones = torch.ones_like(x, dtype=torch.float32)
+        kept = ops.dropout_add(ones, torch.zeros_like(ones), p=p, backend=name) != 0
+        return kept.to(x) / (1 - p) * x + residual
+
+    def attention(qkv: Tensor, *_: None, dropout_p: float, **options: Any) -> Tensor:
+        # Equal weights and one-hot values: o is z over the number of keys seen.
+        batch, length, _, heads, width = qkv.shape
+        equal = qkv.new_zeros(batch, length, heads, length, dtype=torch.float32)
+        one_hot = torch.eye(length, device=qkv.device)[None, :, None].expand(equal.shape)
+        kept = ops.causal_attention(equal, equal, one_hot, dropout_p=dropout_p, backend=name) > 0
+        q, k, v = qkv.transpose(1, 3).unbind(2)  # (B, H, T, D)
+        hidden = torch.ones(length, length, dtype=torch.bool, device=qkv.device).triu(1)
+        weights = (q @ k.mT / math.sqrt(width)).masked_fill(hidden, -math.inf).softmax(-1)
+        z = kept.transpose(1, 2).to(qkv) / (1 - dropout_p)  # (B, H, T, T)
+        return (z * weights @ v).transpose(1, 2).contiguous()  # (B, T, H, D)
+
+    for function in (dropout_add, attention):
+        operation = function.__name__
+        row = dataclasses.replace(registry._table[operation]["eager"], function=function)
+        monkeypatch.setitem(registry._table[operation], "eager", row)
 
 
 @pytest.mark.parametrize("return_logits", [True, False], ids=["logits", "loss-only"])

@@ -2,7 +2,8 @@
 
 from fastgpt.data.cache import DownloadError, download
 from fastgpt.data.corpora import CORPORA, Corpus, Document, open_corpus
-from fastgpt.data.loader import Loader, ValidationSet, permute
+from fastgpt.data.loader import IGNORE_INDEX, Batch, Loader, ValidationSet, permute
+from fastgpt.data.prefetch import Prefetcher
 from fastgpt.data.prepare import prepare, prepared
 from fastgpt.data.shards import ShardWriter, TokenDataset, find_shards, is_token_folder, read_shard
 from fastgpt.data.tokenizers import (
@@ -20,8 +21,10 @@ from fastgpt.data.tokenizers import (
 
 __all__ = [
     "CORPORA",
+    "IGNORE_INDEX",
     "TOKENIZERS",
     "TOKENIZER_FILE",
+    "Batch",
     "ByteTokenizer",
     "CharTokenizer",
     "Corpus",
@@ -29,6 +32,7 @@ __all__ = [
     "DownloadError",
     "GPT2Tokenizer",
     "Loader",
+    "Prefetcher",
     "ShardWriter",
     "TokenDataset",
     "Tokenizer",

@@ -46,9 +46,18 @@ def ensure_gpt2_files() -> Path:
     return folder
 
 
+def gpt2_file(name: str) -> Path:
+    """Where one of FILES is on this machine. Raises as `ensure_gpt2_files` does."""
+    return ensure_gpt2_files() / _key(name)
+
+
+def _key(name: str) -> str:
+    """tiktoken's name for the file."""
+    return hashlib.sha1((BASE_URL + name).encode()).hexdigest()
+
+
 def _ensure(name: str, sha256: str, folder: Path) -> None:
-    url = BASE_URL + name
-    key = hashlib.sha1(url.encode()).hexdigest()  # tiktoken's name for the file
+    key = _key(name)
     cached = folder / key
     if cached.is_file() and sha256_of(cached) == sha256:
         return
@@ -57,7 +66,7 @@ def _ensure(name: str, sha256: str, folder: Path) -> None:
             with atomic_write(cached) as temporary:
                 temporary.write_bytes(source.read_bytes())
             return
-    download(url, cached, sha256=sha256)
+    download(BASE_URL + name, cached, sha256=sha256)
 
 
 def _local_copies(name: str, key: str) -> Iterator[Path]:

@@ -8,6 +8,7 @@ resume, or to share the work between processes.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
@@ -19,6 +20,9 @@ from fastgpt.errors import InputError
 ROUNDS = 6  # even: the two coordinates end where they began
 UINT64 = (1 << 64) - 1
 GOLDEN = 0x9E3779B97F4A7C15
+IGNORE_INDEX = -100  # a target that no loss counts
+
+_FILLING = -1  # in place of a window's number
 
 Batch = tuple[np.ndarray, np.ndarray]
 Bits = TypeVar("Bits", int, np.ndarray)  # an unsigned 64-bit number, or a uint64 array of them
@@ -117,8 +121,8 @@ class _Windows:
 
 
 def _split(tokens: np.ndarray) -> Batch:
-    """Inputs and targets, each contiguous (rows, block_size): the target is the next token."""
-    return np.ascontiguousarray(tokens[:, :-1]), np.ascontiguousarray(tokens[:, 1:])
+    """Inputs and targets (rows, block_size), each in its own memory: the target is the next token."""
+    return tokens[:, :-1].copy(), tokens[:, 1:].copy()
 
 
 class Loader:
@@ -209,14 +213,32 @@ class ValidationSet:
         total = self._windows.total
         count = min(total, max_windows or total)
         self._chosen = np.arange(count) * total // count
+        self.weight = 1.0
+        """Of the mean loss over this set, in the mean over all ranks' shares."""
 
     def __len__(self) -> int:
-        """The number of windows."""
+        """The number of windows, those that only fill up a share counted too."""
         return len(self._chosen)
+
+    def share(self, rank: int, world_size: int) -> ValidationSet:
+        """Every `world_size`-th window, from number `rank` on.
+
+        All shares have the same length, so that ranks which work together in each forward pass make equally
+        many; the targets of the windows that fill up the shorter ones are IGNORE_INDEX.
+        """
+        count = -(-len(self) // world_size)
+        chosen = self._chosen[rank::world_size]
+        share = copy.copy(self)
+        share._chosen = np.concatenate([chosen, np.full(count - len(chosen), _FILLING)])
+        share.weight = count * world_size / len(self)
+        return share
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """Inputs and targets, int64 (batch_size, block_size); the last batch may be smaller."""
         if batch_size < 1:
             raise InputError(f"batch_size is {batch_size}: expected at least 1")
         for first in range(0, len(self), batch_size):
-            yield _split(self._windows.read(self._chosen[first : first + batch_size]))
+            chosen = self._chosen[first : first + batch_size]
+            x, y = _split(self._windows.read(np.maximum(chosen, 0)))
+            y[chosen == _FILLING] = IGNORE_INDEX
+            yield x, y

@@ -222,7 +222,8 @@ def adamw_(
             + (" and copies" if copies else "")
         )
     try:
-        select("adamw_", backend, params[0].device)(
+        elements = sum(param.numel() for param in params)
+        select("adamw_", backend, params[0], elements=elements)(
             *(params, grads, exp_avgs, exp_avg_sqs, steps, hyper, groups),
             copies=copies,
             grad_norm=grad_norm,
@@ -285,7 +286,8 @@ def grad_norm(grads: Sequence[Tensor], *, backend: str | None = None) -> Tensor:
             raise InputError(f"grads[{i}] has dtype {grad.dtype}: it must be {grads[0].dtype}, as grads[0]")
         if grad.layout != torch.strided:
             raise InputError(f"grads[{i}] is {grad.layout}: it must be dense")
-    return select("grad_norm", backend, grads[0].device)(grads)
+    elements = sum(grad.numel() for grad in grads)
+    return select("grad_norm", backend, grads[0], elements=elements)(grads)
 
 
 def cost(

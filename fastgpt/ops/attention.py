@@ -244,7 +244,8 @@ def _attend(
     check_dropout("dropout_p", dropout_p)
     if window is not None:
         check_at_least("window", window, 1)
-    return select("attention", backend, q.device)(q, k, v, dropout_p=dropout_p, scale=scale, window=window)
+    function = select("attention", backend, q, fits=1 <= q.shape[-1] <= WIDEST_HEAD)
+    return function(q, k, v, dropout_p=dropout_p, scale=scale, window=window)
 
 
 def cost(

@@ -199,7 +199,7 @@ def cross_entropy(
     check_shape("targets", targets, logits.shape[:-1], "the shape of logits less the vocabulary")
     size = check_options(width, label_smoothing, z_loss, reduction, vocab_size)
     try:
-        return select("cross_entropy", backend, logits.device)(
+        return select("cross_entropy", backend, logits)(
             logits,
             targets,
             ignore_index=ignore_index,

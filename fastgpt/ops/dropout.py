@@ -94,7 +94,7 @@ def dropout_add(
     check_floating(x=x, residual=residual)
     check_shape("residual", residual, x.shape, "the shape of x")
     check_dropout("p", p)
-    return select("dropout_add", backend, x.device)(x, residual, p=p, training=training)
+    return select("dropout_add", backend, x)(x, residual, p=p, training=training)
 
 
 def cost(elements: int, dtype: torch.dtype, *, backward: bool = False) -> Cost:

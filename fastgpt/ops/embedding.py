@@ -131,7 +131,9 @@ def embedding(
             f"idx has {idx.shape[1]} positions from start = {start}: position_weight has only {block}"
         )
     try:
-        return select("embedding", backend, idx.device)(idx, token_weight, position_weight, start=start)
+        elements = idx.numel() * token_weight.shape[1]
+        function = select("embedding", backend, token_weight, elements=elements)
+        return function(idx, token_weight, position_weight, start=start)
     except IndexError as error:
         raise out_of_range("idx", idx, token_weight.shape[0]) from error
 

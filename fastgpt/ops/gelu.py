@@ -205,7 +205,7 @@ def gelu(x: Tensor, *, approximate: str = "tanh", backend: str | None = None) ->
     """
     check_floating(x=x)
     check_choice("approximate", approximate, APPROXIMATE)
-    return select("gelu", backend, x.device)(x, approximate=approximate)
+    return select("gelu", backend, x)(x, approximate=approximate)
 
 
 def bias_gelu(x: Tensor, bias: Tensor, *, approximate: str = "tanh", backend: str | None = None) -> Tensor:
@@ -226,7 +226,7 @@ def bias_gelu(x: Tensor, bias: Tensor, *, approximate: str = "tanh", backend: st
     check_floating(x=x, bias=bias)
     check_shape("bias", bias, (last_dimension("x", x),), "the last dimension of x")
     check_choice("approximate", approximate, APPROXIMATE)
-    return select("bias_gelu", backend, x.device)(x, bias, approximate=approximate)
+    return select("bias_gelu", backend, x)(x, bias, approximate=approximate)
 
 
 def linear_gelu(
@@ -256,7 +256,7 @@ def linear_gelu(
     check_shape("weight", weight, (weight.shape[0], last_dimension("x", x)), "(N, K) for x (..., K)")
     check_shape("bias", bias, (weight.shape[0],), "(N,) for weight (N, K)")
     check_choice("approximate", approximate, APPROXIMATE)
-    return select("linear_gelu", backend, x.device)(x, weight, bias, approximate=approximate)
+    return select("linear_gelu", backend, x)(x, weight, bias, approximate=approximate)
 
 
 def _flops(approximate: str, backward: bool) -> int:

@@ -178,7 +178,7 @@ def layer_norm(
     `torch.nn.functional.layer_norm`.
     """
     _check(x, weight, bias)
-    return select("layer_norm", backend, x.device)(x, weight, bias, eps=eps)
+    return select("layer_norm", backend, x)(x, weight, bias, eps=eps)
 
 
 def add_layer_norm(
@@ -205,7 +205,7 @@ def add_layer_norm(
     check_floating(x=x, residual=residual)
     check_shape("residual", residual, x.shape, "the shape of x")
     _check(x, weight, bias)
-    return select("add_layer_norm", backend, x.device)(x, residual, weight, bias, eps=eps)
+    return select("add_layer_norm", backend, x)(x, residual, weight, bias, eps=eps)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:

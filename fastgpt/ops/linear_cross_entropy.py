@@ -209,7 +209,7 @@ def linear_cross_entropy(
     check_at_least("chunk_rows", chunk_rows, 1)
     size = check_options(width, label_smoothing, z_loss, reduction, vocab_size)
     try:
-        return select("linear_cross_entropy", backend, x.device)(
+        return select("linear_cross_entropy", backend, x)(
             x,
             weight,
             targets,

@@ -7,14 +7,17 @@ so that adding a row is all it takes for a new kernel to be tested and measured.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastgpt.errors import InputError
+from fastgpt.ops import choices
 
 Function = Callable[..., Any]
 AUTO = "auto"
@@ -69,8 +72,17 @@ def table() -> list[Implementation]:
     return [row for rows in _table.values() for row in rows.values()]
 
 
-def select(operation: str, backend: str | None, device: torch.device) -> Function:
-    """The function that runs `operation` on `device`: `backend` if given, else the current choice.
+def select(
+    operation: str, backend: str | None, x: Tensor, *, elements: int | None = None, fits: bool = True
+) -> Function:
+    """The function that runs `operation`: `backend` if given, else the current choice.
+
+    `auto` is what was measured to be fastest for x's device and class of shapes (see `fastgpt.ops.choices`).
+
+    Args:
+        x: the tensor that decides: its device and dtype.
+        elements: what the class of shapes goes by; by default those of x.
+        fits: whether kernels take these arguments: where they do not, or x is float64, `auto` is eager.
 
     Raises:
         InputError: the implementation asked for does not exist or cannot run here.
@@ -78,14 +90,53 @@ def select(operation: str, backend: str | None, device: torch.device) -> Functio
     rows = _table[operation]
     name = _choice.get(operation, AUTO) if backend is None else backend
     if name == AUTO:
-        return rows["eager"].function
+        if not fits or x.dtype == torch.float64:
+            name = choices.EAGER
+        elif torch.compiler.is_compiling():
+            # One traced graph serves shapes of several classes. Looking at the sizes would guard on them, and
+            # so trace again, or fail where the user has declared them dynamic.
+            name = automatic_compiled(operation, x.device)
+        else:
+            cls = choices.shape_class(x.numel() if elements is None else elements)
+            name = automatic(operation, x.device, cls)
+        return rows[name].function
     if name not in rows:
         raise InputError(
             f"{operation} has no implementation {name!r}: choose one of {', '.join([AUTO, *rows])}"
         )
-    if reason := rows[name].missing(device):
-        raise InputError(f"{operation} cannot run as {name!r} on {device.type}: {reason}")
+    if reason := rows[name].missing(x.device):
+        raise InputError(f"{operation} cannot run as {name!r} on {x.device.type}: {reason}")
     return rows[name].function
+
+
+@functools.cache
+def automatic(operation: str, device: torch.device, cls: str | None) -> str:
+    """The implementation that `auto` is: the recorded one, or eager where none is recorded or it cannot run.
+
+    `cls` is the class of shapes; None is for inside `torch.compile`.
+    """
+    found = choices.find(operation, device, cls)
+    if found is None:
+        return choices.EAGER
+    name = found.choice.implementation if cls else found.choice.compiled
+    row = _table[operation].get(name)
+    reason = "there is no such implementation" if row is None else row.missing(device)
+    if reason is None:
+        return name
+    choices.say_once(
+        f"auto: {name} was measured fastest on this {device.type} ({found.path}) but cannot run, so eager "
+        f"runs instead: {reason}"
+    )
+    return choices.EAGER
+
+
+def automatic_compiled(operation: str, device: torch.device) -> str:
+    """`automatic` for `torch.compile`, which calls this when it traces instead of tracing it."""
+    return automatic(operation, device, None)
+
+
+# What torch.compiler.assume_constant_result does, without importing the whole compiler, which takes seconds.
+automatic_compiled._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class use:

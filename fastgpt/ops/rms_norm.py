@@ -88,7 +88,7 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-6, backend: str | Non
     """
     check_floating(x=x, weight=weight)
     check_shape("weight", weight, (last_dimension("x", x),), "the last dimension of x")
-    return select("rms_norm", backend, x.device)(x, weight, eps=eps)
+    return select("rms_norm", backend, x)(x, weight, eps=eps)
 
 
 def cost(rows: int, width: int, dtype: torch.dtype, *, backward: bool = False) -> Cost:

@@ -185,3 +185,14 @@ def test_constants_are_those_of_cublaslt(tmp_path: Path) -> None:
         [compiler, "-std=c++17", "-fsyntax-only", *includes, source], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+MUTANTS = {
+    "csrc/cuda/cublaslt.cpp": [
+        ("p.n % 8 != 0", "p.n % 4 != 0"),
+        ("          alignment(p.x),\n", "          0,\n"),
+    ],
+    "csrc/cuda/linear_gelu_ops.cpp": [
+        ("tensor = transposed || holds(0, 1) ? w : w.contiguous();", "tensor = w;")
+    ],
+}

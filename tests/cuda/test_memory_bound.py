@@ -98,21 +98,9 @@ def test_dropout_masks_are_the_documented_ones(seed: int) -> None:
     """Element k Q + j of block b takes word k of counter (j, b)."""
     p, n = 0.3, 7 * QUARTER + 5
     kept = scales(n, p, seed) != 0
-    for element in [
-        0,
-        1,
-        7,
-        8,
-        QUARTER,
-        2 * QUARTER + 7,
-        4 * QUARTER - 1,
-        4 * QUARTER,
-        5 * QUARTER + 3,
-        n - 1,
-    ]:
-        block, rest = divmod(element, 4 * QUARTER)
-        word = philox(seed % (1 << 64), [rest % QUARTER, block, 0, 0])[rest // QUARTER]
-        assert bool(kept[element]) == (word >= round(p * 2**32)), element
+    words = [[philox(seed % (1 << 64), [j, block, 0, 0]) for j in range(QUARTER)] for block in range(2)]
+    documented = torch.tensor(words).mT.flatten()[:n] >= round(p * 2**32)
+    assert torch.equal(kept, documented)
     for dtype in DTYPES:
         assert torch.equal(scales(n, p, seed, dtype) != 0, kept)
     assert abs((~kept).double().mean() - p) < 5 * (p * (1 - p) / n) ** 0.5
@@ -292,3 +280,51 @@ def test_norm(dtype: torch.dtype) -> None:
     assert_accurate(norm, eager, exact)
     assert torch.equal(norm, grad_norm([shifted(g) for g in grads], backend="emulated"))
     assert grad_norm([torch.empty(0)], backend="emulated") == 0
+
+
+MUTANTS = {
+    "csrc/cuda/gelu.cuh": [
+        ("db[i] += d[i];", "db[i] = d[i];", "tests/cuda/test_memory_bound.py -k gelu"),
+        (
+            "for (int i = 0; i < kBiasWarps; ++i) sum +=",
+            "for (int i = 1; i < kBiasWarps; ++i) sum +=",
+            "tests/cuda/test_memory_bound.py -k gelu",
+        ),
+    ],
+    "csrc/cuda/dropout.cuh": [
+        (
+            "philox(seed, j + i, blockIdx.x)",
+            "philox(seed, j + i, 0)",
+            "tests/cuda/test_memory_bound.py -k dropout",
+        ),
+        (
+            "kAdd ? fmaf(z, values[i], added[i]) :",
+            "kAdd ? z == 0 ? added[i] : fmaf(z, values[i], added[i]) :",
+            "tests/cuda/test_memory_bound.py -k dropout",
+        ),
+    ],
+    "csrc/cuda/embedding.cuh": [
+        (
+            "(2 * chunk + (at_edge ? 0 : 1)) * width",
+            "2 * chunk * width",
+            "tests/cuda/test_memory_bound.py -k runs",
+        ),
+        (
+            "first < n && tokens[first] == token ?",
+            "first < n && i < 2 && tokens[first] == token ?",
+            "tests/cuda/test_memory_bound.py -k runs",
+        ),
+    ],
+    "csrc/cuda/adamw.cuh": [
+        (
+            "random.words[i / 2] >> i % 2 * 16 & 0xffff",
+            "random.words[i / 2] & 0xffff",
+            "tests/cuda/test_memory_bound.py -k stochastic",
+        ),
+        (
+            "for (int warp = 1; warp < kRootThreads",
+            "for (int warp = 2; warp < kRootThreads",
+            "tests/cuda/test_memory_bound.py -k norm",
+        ),
+    ],
+}

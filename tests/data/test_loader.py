@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from fastgpt.data import Loader, ValidationSet, permute
+from fastgpt.data import IGNORE_INDEX, Loader, ValidationSet, permute
 from fastgpt.errors import InputError
 
 
@@ -255,3 +255,24 @@ def test_validation_windows_are_spread_evenly(total: int, limit: int) -> None:
     assert gaps.max() - gaps.min() <= 1
     again = np.concatenate([x for x, _ in windows.batches(7)])[:, 0] // 3
     assert np.array_equal(again, chosen)
+
+
+@given(windows=st.integers(1, 30), world_size=st.integers(1, 6), batch_size=st.integers(1, 5))
+def test_shares_of_the_validation_windows_are_equally_long_and_disjoint(
+    windows: int, world_size: int, batch_size: int
+) -> None:
+    """Together they hold every window once; what fills up the shorter ones counts in no loss."""
+    whole = ValidationSet([np.arange(3 * windows + 1, dtype=np.uint16)], 3, vocab_size=VOCAB)
+    shares = [whole.share(rank, world_size) for rank in range(world_size)]
+    batches = [list(share.batches(batch_size)) for share in shares]
+    assert {len(share) for share in shares} == {-(-windows // world_size)}
+    assert len({tuple(x.shape for x, _ in each) for each in batches}) == 1
+    targets = np.concatenate([y for each in batches for _, y in each])
+    counted = targets[targets[:, 0] != IGNORE_INDEX]
+    assert sorted(counted[:, 0].tolist()) == [3 * window + 1 for window in range(windows)]
+    assert (targets[targets[:, 0] == IGNORE_INDEX] == IGNORE_INDEX).all()
+    assert all((x >= 0).all() for each in batches for x, _ in each)
+    sums = [sum(float(y[y != IGNORE_INDEX].sum()) for _, y in each) for each in batches]
+    means = [total / (3 * len(share)) for total, share in zip(sums, shares, strict=True)]
+    mean = sum(m * share.weight for m, share in zip(means, shares, strict=True)) / world_size
+    assert mean == pytest.approx(counted.mean())

@@ -17,6 +17,7 @@ from ops import attention_calls
 from ops.attention_calls import Recorded, run
 from ops.helpers import assert_accurate
 from torch import Tensor
+from torch.library import opcheck
 
 from fastgpt import ops
 from fastgpt.errors import InputError
@@ -184,9 +185,10 @@ def test_large_and_small_scores(factor: float) -> None:
     compare([factor * q, k, v], randn(1, 70, 1, 16))
 
 
-def test_a_bad_query_spoils_itself_alone() -> None:
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_bad_query_spoils_itself_alone(bad: float) -> None:
     q, k, v = randn(3, 1, 70, 1, 16).unbind(0)
-    q[0, 65] = torch.nan
+    q[0, 65] = bad
     o = ops.causal_attention(q, k, v, backend="triton")
     assert o[0, 65].isnan().all()
     assert o[0, :65].isfinite().all()
@@ -283,6 +285,16 @@ def test_backward_drops_what_forward_dropped(
     for a, b, e, o in zip(*results, equations(dtype), equations(torch.float64), strict=True):
         assert torch.equal(a, b)
         assert_accurate(a, e, o.cpu())
+
+
+def test_opcheck_of_separate_tensors_with_dropout() -> None:
+    """tests/ops/test_operators.py has packed qkv."""
+    q, k, v = (randn(1, n, 2, 16, dtype=torch.float32).requires_grad_() for n in (3, 5, 5))
+    o, lse = randn(1, 3, 2, 16, dtype=torch.float32), randn(1, 2, 3, dtype=torch.float32)
+    options = torch.tensor([7], device=device), 0.25, None, 4
+    opcheck(torch.ops.fastgpt_triton.attention_forward, (q, k, v, *options))
+    separate = (x.detach() for x in (q, k, v))
+    opcheck(torch.ops.fastgpt_triton.attention_backward, (o, *separate, o, lse, *options))
 
 
 def test_packed_makes_no_copies(monkeypatch: pytest.MonkeyPatch) -> None:

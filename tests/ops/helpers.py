@@ -37,6 +37,10 @@ def assert_accurate(actual: Tensor, eager: Tensor, oracle: Tensor) -> None:
     """The error against the float64 oracle is at most twice PyTorch's in the same dtype, in both norms.
 
     The floor is one unit in the last place of the largest value, for where PyTorch happens to be exact.
+
+    In float32 the largest error may be four times PyTorch's: it is the luck of one element, and the order of
+    PyTorch's sums depends on the processor. Of two equally accurate orders (attention, 9 queries of 40 keys)
+    one exceeded 2 and the floor in 3 of 100 draws, and 4 in none of 1200. The 2-norm has no such luck.
     """
     assert actual.shape == oracle.shape
     assert actual.dtype == eager.dtype
@@ -48,7 +52,8 @@ def assert_accurate(actual: Tensor, eager: Tensor, oracle: Tensor) -> None:
     for norm in (torch.inf, 2):
         size = torch.linalg.vector_norm(oracle, norm)
         error = torch.linalg.vector_norm(wide - oracle, norm)
-        bound = 2 * torch.linalg.vector_norm(torch_wide - oracle, norm) + floor * size
+        factor = 4 if norm == torch.inf and actual.dtype == torch.float32 else 2
+        bound = factor * torch.linalg.vector_norm(torch_wide - oracle, norm) + floor * size
         assert error <= bound, f"norm {norm}: error {error:.3e} exceeds {bound:.3e} (size {size:.3e})"
 
 
@@ -56,6 +61,12 @@ def spread(tensor: Tensor) -> Tensor:
     """The same values with a stride of 2, and poison in the gaps."""
     poison = torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max
     return torch.stack([tensor, torch.full_like(tensor, poison)], -1)[..., 0]
+
+
+def transposed(tensor: Tensor) -> Tensor:
+    """The same values in the opposite order of dimensions: dense, so that `empty_like` keeps that order."""
+    order = tuple(reversed(range(tensor.ndim)))
+    return tensor.permute(order).contiguous().permute(order)
 
 
 @dataclass(frozen=True)

@@ -255,3 +255,41 @@ def test_operators_check_what_the_public_function_does() -> None:
         ValueError, match="q, k and v have dtypes BFloat16, Half and Half: they must be the same"
     ):
         forward(q, k, k, None, 0.0, None, None)
+
+
+MUTANTS = {
+    "csrc/cuda/attention_forward.cuh": [
+        ("total[r][i] *= shrink;", "", "tests/ops/test_attention_cuda.py -k packed"),
+        (
+            "ptx::exp2(shares.maxima[share * rows + row] - m);",
+            "1.0f;",
+            "tests/ops/test_attention_cuda.py -k decoding",
+        ),
+    ],
+    "csrc/cuda/attention_backward.cuh": [
+        (
+            "zp = kept(n, e) ? zp * kept_scale : 0.0f;",
+            "zp = kept(n, e) ? zp : 0.0f;",
+            "tests/ops/test_attention_cuda.py -k dropout",
+        ),
+        ("dk_acc[0][n][e] *= a.scale;", ";", "tests/ops/test_attention_cuda.py -k packed"),
+    ],
+    "csrc/cuda/attention_pairs.cuh": [
+        ("last_key > first_position - window;", "last_key > first_position - window + 1;"),
+    ],
+    "csrc/cuda/attention_tiles.cuh": [
+        (
+            "chunk * kChunk < D ? limit - first : 0",
+            "limit - first",
+            "tests/ops/test_attention_cuda.py -k packed",
+        ),
+    ],
+    "csrc/cuda/attention_fp32.cuh": [
+        (
+            "total[r] = fmaf(total[r], shrink, s[r]);",
+            "total[r] += s[r];",
+            "tests/ops/test_attention_cuda.py -k packed",
+        ),
+        ("s[r] = z * p;", "s[r] = p;", "tests/ops/test_attention_cuda.py -k dropout"),
+    ],
+}

@@ -178,3 +178,27 @@ def test_never_holds_all_the_logits(dtype: torch.dtype) -> None:
     chunk = 16 * math.ceil(columns / 64) * 64 * dtype.itemsize
     assert max(sizes) == max(chunk, 4 * columns * width)
     assert sizes.count(chunk) == 1
+
+
+MUTANTS = {
+    "csrc/cuda/cross_entropy.cuh": [
+        (
+            "sums.total = sums.total * exp_flushed(sums.top - top) + total;",
+            "sums.total += total;",
+            "tests/ops/test_table.py -k cross_entropy-emulated",
+        ),
+        ("known = target >= 0 && target < p.size", "known = target >= 0 && target < p.width"),
+    ],
+    "csrc/cuda/linear_cross_entropy.cuh": [
+        (
+            "*count > 0.0f ? factor / *count : 0.0f",
+            "factor / *count",
+            "tests/ops/test_linear_cross_entropy_kernels.py -k emulated",
+        ),
+        (
+            "values[i] = i < there ? values[i] * factor : 0.0f;",
+            "values[i] *= factor;",
+            "tests/ops/test_linear_cross_entropy_kernels.py -k emulated",
+        ),
+    ],
+}

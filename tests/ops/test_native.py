@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from types import SimpleNamespace
+from pathlib import Path
+from types import FrameType, SimpleNamespace
 
 import pytest
 import torch
@@ -16,13 +18,11 @@ from fastgpt import ops
 from fastgpt.errors import InputError
 from fastgpt.ops import Implementation, library
 
-from .helpers import CASES, Case
+from .helpers import CASES, Case, _case, adamw, grad_norm
 from .test_operators import gradients, requiring
 
 CPU = torch.device("cpu")
 ROWS = [row for row in ops.table() if row.name == "native" and row.missing(CPU) is None]
-# The products of these are PyTorch's, whose libraries divide a sum among threads as they please.
-OWN = [row for row in ROWS if row.operation not in ("linear_gelu", "linear_cross_entropy")]
 native_rows = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.operation)
 OPERATORS = {
     value.name: value
@@ -56,24 +56,83 @@ def test_schemas_are_those_of_the_other_implementations(name: str) -> None:
             assert operator._schema == torch._C.parse_schema(f"fastgpt_native::{name}_{direction}{schema}")
 
 
+@pytest.mark.skipif(not ROWS, reason="the native kernels are not built here")
+@pytest.mark.parametrize("name", OPERATORS)
+def test_cuda_kernels_are_registered(name: str) -> None:
+    """Built for CUDA, which takes no GPU, every operator has a CUDA kernel."""
+    extension = importlib.import_module("fastgpt._C")
+    if not hasattr(extension, "cuda_targets"):
+        pytest.skip("built without CUDA")
+    for direction in ("forward", "backward"):
+        if getattr(OPERATORS[name], direction) is not None:
+            operator = f"fastgpt_native::{name}_{direction}"
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(operator, "CUDA")
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(operator, "CPU")
+
+
 @pytest.fixture
 def threads() -> Iterator[None]:
     yield
     torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize("row", OWN, ids=lambda row: row.operation)
-def test_threads_do_not_change_the_result(row: Implementation, threads: None) -> None:
-    """Three threads: no divisor of the numbers of rows, so that their shares differ."""
-    if row.operation == "linear_gelu":
-        pytest.skip("its products are PyTorch's, whose sums depend on the number of threads")
-    for case in cases(row):
-        for dtype in (torch.float32, torch.bfloat16):
-            torch.set_num_threads(1)
-            one = everything(case, dtype)
-            torch.set_num_threads(3)
-            for a, b in zip(one, everything(case, dtype), strict=True):
-                assert torch.equal(a, b), f"{case.name} {dtype}"
+# Large enough that each thread gets a share, of numbers of rows that three does not divide. Attention and
+# cross_entropy have tests of their own; the products of the linear operations are PyTorch's, whose libraries
+# divide a sum among threads as they please.
+X, W = (403, 300), (300,)
+SHARED = [
+    _case("layer_norm", "rows", ops.layer_norm, X, W, W),
+    _case("add_layer_norm", "rows", ops.add_layer_norm, X, X, W, W),
+    _case("rms_norm", "rows", ops.rms_norm, X, W),
+    _case("gelu", "rows", ops.gelu, X),
+    _case("bias_gelu", "rows", ops.bias_gelu, X, W),
+    _case("dropout_add", "rows", ops.dropout_add, X, X, p=0.3),
+    _case("embedding", "rows", ops.embedding, torch.arange(1000).view(4, 250) ** 2 % 401, X, X),
+    _case("adamw_", "rows", adamw, X, X, X, X),
+    _case("grad_norm", "rows", grad_norm, X, W),
+]
+
+
+@pytest.mark.skipif(not ROWS, reason="the native kernels are not built here")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", SHARED, ids=lambda case: case.operation)
+def test_threads_do_not_change_the_result(case: Case, dtype: torch.dtype, threads: None) -> None:
+    results = []
+    for count in (1, 3, 4):
+        torch.set_num_threads(count)
+        results.append(everything(case, dtype))
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [row for row in ops.table() if row.name in ("native", "emulated") and row.missing(CPU) is None],
+    ids=lambda row: f"{row.operation}-{row.name}",
+)
+def test_derivatives_are_in_cpp(row: Implementation) -> None:
+    """No Python runs in a backward pass; the emulated row, whose derivative is in Python, shows some."""
+    case = cases(row)[-2]
+    inputs = requiring(case.inputs(torch.float32))
+    outs = case(inputs, row.name)
+    if not any(out.requires_grad for out in outs):
+        pytest.skip("no gradient")
+    package = str(Path(ops.__file__).parent)
+    called: list[str] = []
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(package):
+            called.append(frame.f_code.co_name)
+
+    wanted = [x for x in inputs if x.requires_grad]
+    cotangents = [torch.ones_like(out) for out in outs if out.requires_grad]
+    sys.setprofile(note)
+    try:
+        torch.autograd.grad([out for out in outs if out.requires_grad], wanted, cotangents)
+    finally:
+        sys.setprofile(None)
+    assert bool(called) == (row.name == "emulated"), called
 
 
 @native_rows
@@ -166,3 +225,69 @@ def test_an_extension_for_another_torch_is_not_used(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(library.importlib, "import_module", undefined_symbol)
     assert "undefined symbol" in str(library._load_native())
+
+
+MUTANTS = {
+    "csrc/cpu/loops/gelu.h": [
+        ("fma(hv, e * r * r, s)", "fma(hv, e * r, s)", "tests/ops/test_table.py -k gelu-native-cpu"),
+        (
+            "store(db + c, load(db + c, n) + d, n)",
+            "store(db + c, d, n)",
+            "tests/ops/test_table.py -k gelu-native-cpu",
+        ),
+    ],
+    "csrc/cpu/loops/layer_norm.h": [
+        (
+            "first(load(x + c, n) - mean, n)",
+            "load(x + c, n) - mean",
+            "tests/ops/test_table.py -k norm-native-cpu",
+        ),
+        (
+            "if (dsummed != nullptr) out +=",
+            "if (dsummed == nullptr) out +=",
+            "tests/ops/test_table.py -k norm-native-cpu",
+        ),
+    ],
+    "csrc/cpu/loops/cross_entropy.h": [
+        (
+            "total = total * exp_negative(top - greater) +",
+            "total = total +",
+            "tests/ops/test_table.py -k cross_entropy-native-cpu",
+        ),
+        (
+            "fill_zero(dx + size, all.width - size);",
+            "",
+            "tests/ops/test_table.py -k cross_entropy-native-cpu",
+        ),
+    ],
+    "csrc/cpu/loops/attention.h": [
+        ("total[i] = fma(total[i], factor[i], sum);", "total[i] += sum;", "tests/native/test_attention.py"),
+        (
+            "n > part.first + kLanes - 1 - part.window",
+            "n > part.first - part.window",
+            "tests/native/test_attention.py",
+        ),
+    ],
+    "csrc/cpu/loops/adamw.h": [
+        (
+            "chunk_words(*seed, number, words)",
+            "chunk_words(*seed, chunk, words)",
+            "tests/test_optim.py -k native",
+        ),
+        (
+            "v = v * a.beta2 + g * g * a.weight2;",
+            "v = v * a.beta2 + g * a.weight2;",
+            "tests/ops/test_table.py -k adamw_-native-cpu",
+        ),
+    ],
+    "csrc/cpu/common.h": [
+        ("count(std::clamp<int64_t>(rows / 8, 1, 64))", "count(at::get_num_threads())"),
+    ],
+    "csrc/autograd/gelu.cpp": [
+        (
+            "save_for_backward({x, bias})",
+            "save_for_backward({bias, x})",
+            "tests/ops/test_table.py -k gelu-native-cpu",
+        ),
+    ],
+}

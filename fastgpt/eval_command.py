@@ -1,0 +1,135 @@
+"""`fastgpt eval`: one model, one task, one line of results."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from tyro.conf import Positional
+
+from fastgpt.config import TrainConfig
+from fastgpt.errors import InputError
+
+if TYPE_CHECKING:
+    from fastgpt.model import GPT
+    from fastgpt.pretrained import Source
+
+
+@dataclass
+class EvalArgs:
+    """Evaluate a model: by default its mean loss over the whole validation split of a corpus."""
+
+    run: Positional[str]
+    """A run, a checkpoint, or anything else that `fastgpt sample` reads."""
+    task: Literal["val", "hellaswag", "lambada", "text"] = "val"
+    """`val`: the validation split; `text`: a sliding window over any text; two benchmarks."""
+    corpus: str | None = None
+    """For val: by default the corpus that the run was trained on."""
+    data: Path | None = None
+    """For text: the file. For hellaswag and lambada: a jsonl file; by default the hub's."""
+    stride: int | None = None
+    """For text: how far the window moves; by default half of block_size."""
+    limit: int | None = None
+    """For hellaswag and lambada: only the first examples."""
+    batch_size: int = 16
+    """Windows, or continuations, per forward pass."""
+    device: str = "auto"
+    """auto, cuda, mps or cpu."""
+
+
+def command(args: Sequence[str]) -> None:
+    from fastgpt.cli import parse
+
+    given = parse(EvalArgs, args, "eval")
+    _check(given)
+    from fastgpt.pretrained import model_from, read_pretrained
+    from fastgpt.runtime import resolve_device
+
+    device = resolve_device(given.device)
+    source = read_pretrained(given.run)
+    model = model_from(source).to(device)
+    evaluate = {"val": _val, "hellaswag": _hellaswag, "lambada": _lambada, "text": _text}[given.task]
+    print(f"{source.path}: {evaluate(given, source, model)}")
+
+
+def _check(given: EvalArgs) -> None:
+    """Options that the task would ignore, and numbers out of range."""
+    of_tasks = {
+        "corpus": ("val",),
+        "data": ("hellaswag", "lambada", "text"),
+        "stride": ("text",),
+        "limit": ("hellaswag", "lambada"),
+    }
+    for name, tasks in of_tasks.items():
+        if getattr(given, name) is not None and given.task not in tasks:
+            raise InputError(f"--{name} is for --task {' or '.join(tasks)}, not {given.task}")
+    if given.task == "text" and given.data is None:
+        raise InputError("--task text needs --data FILE, the text")
+    for name in ("limit", "batch_size"):
+        value = getattr(given, name)
+        if value is not None and value < 1:
+            raise InputError(f"{name} = {value}: it must be at least 1")
+
+
+def _val(given: EvalArgs, source: Source, model: GPT) -> str:
+    from fastgpt.checkpoint import Checkpoint
+    from fastgpt.cli import settings_of_run
+    from fastgpt.data import TokenDataset, ValidationSet, prepared
+    from fastgpt.evaluate import validation_loss
+    from fastgpt.pretrained import tokenizer_of
+
+    corpus, val_fraction = given.corpus, TrainConfig.val_fraction
+    if corpus is None:
+        if not isinstance(source, Checkpoint):
+            raise InputError(f"{source.path} is no run of fastgpt's: name the text with --corpus")
+        run = Path(given.run) if (Path(given.run) / "checkpoints").exists() else source.path.parent.parent
+        trained = settings_of_run(run)
+        corpus, val_fraction = trained.corpus, trained.val_fraction
+    data = TokenDataset.open(prepared(corpus, tokenizer_of(source), val_fraction=val_fraction))
+    block_size, vocab_size = model.config.block_size, model.config.vocab_size
+    windows = ValidationSet(data.val, block_size, vocab_size=vocab_size, names=data.names["val"])
+    loss = validation_loss(model, windows, batch_size=given.batch_size, device=model.token_embedding.device)
+    return (
+        f"loss {loss:.4f} nats a token, perplexity {math.exp(loss):.2f}, "
+        f"over {len(windows)} windows of {block_size} tokens of {corpus}"
+    )
+
+
+def _hellaswag(given: EvalArgs, source: Source, model: GPT) -> str:
+    from fastgpt.pretrained import tokenizer_of
+    from fastgpt.tasks import HellaSwag
+
+    task = HellaSwag.open(given.data, tokenizer_of(source), given.limit)
+    result = task.evaluate(model, batch_size=given.batch_size, progress="HellaSwag")
+    return (
+        f"HellaSwag acc {result['acc']:.4f}, acc_norm {result['acc_norm']:.4f}, "
+        f"over {len(task.queries)} examples of {given.data or task.HUB[0]}"
+    )
+
+
+def _lambada(given: EvalArgs, source: Source, model: GPT) -> str:
+    from fastgpt.pretrained import tokenizer_of
+    from fastgpt.tasks import Lambada
+
+    task = Lambada.open(given.data, tokenizer_of(source), given.limit)
+    result = task.evaluate(model, batch_size=given.batch_size, progress="LAMBADA")
+    return (
+        f"LAMBADA acc {result['acc']:.4f}, perplexity {result['perplexity']:.2f}, "
+        f"over {len(task.queries)} passages of {given.data or task.HUB[0]}"
+    )
+
+
+def _text(given: EvalArgs, source: Source, model: GPT) -> str:
+    from fastgpt.pretrained import tokenizer_of
+    from fastgpt.tasks import Text
+
+    assert given.data is not None  # checked above
+    task = Text.open(given.data, tokenizer_of(source), model.config.block_size, given.stride)
+    result = task.evaluate(model, batch_size=given.batch_size, progress="text")
+    return (
+        f"loss {result['loss']:.4f} nats a token, perplexity {result['perplexity']:.2f}, "
+        f"{result['bits_per_byte']:.4f} bits a byte, over {result['tokens']:,} tokens of {given.data}"
+    )

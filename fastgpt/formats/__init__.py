@@ -1,0 +1,1 @@
+"""Checkpoints as other projects write them: Hugging Face, nanoGPT and llm.c."""
