@@ -68,10 +68,10 @@ def norm_backward() -> Any:
 CASES = [
     Case("FlashAttention forward, D 64, T 1024, causal, fp16", "h100", 291, "TFLOP/s",
          2 * 2 * 4 * 32 * 1024 * 1024 * 64 / 2, launched(attention),
-         "Triton's tutorial 06-fused-attention, as recorded on an H100"),
+         "Triton's tutorial 06-fused-attention, its recorded output, taken to be an H100's"),
     Case("LayerNorm backward, 4096 x 8192, fp16", "a100", 968.5, "GB/s",
          3 * 4096 * 8192 * 2, launched(norm_backward),
-         "Triton's tutorial 05-layer-norm, as recorded on an A100"),
+         "Triton's tutorial 05-layer-norm, its recorded output, taken to be an A100's"),
     Case("copy within memory", "h100", 2573, "GB/s", 8 << 28, copied,
          "p2pBandwidthLatencyTest on HGX H100 SXM, github.com/NVIDIA/nccl/issues/1264"),
     Case("copy within memory", "a100-pcie", 1727, "GB/s", 8 << 28, copied,
