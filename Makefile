@@ -9,7 +9,7 @@ CSRC   := $(shell find csrc -type f)
 CXX_FILES := $(filter %.h %.cpp %.cu %.cuh,$(CSRC) $(wildcard tests/cuda/* tests/cuda/emulator/*))
 
 .DEFAULT_GOAL := help
-.PHONY: help train install test test-gpu test-slow sanitize mutants bench bench-gpu lint format clean
+.PHONY: help train install test test-gpu test-slow sanitize mutants inspect-table bench bench-gpu lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -51,6 +51,9 @@ sanitize: install  ## run the CUDA kernels, emulated, under the address, undefin
 
 mutants: install  ## break the code in known ways, one at a time, and see that a test notices (hours)
 	$(BIN)/python tests/mutants.py -j 2 $(ARGS)
+
+inspect-table: install  ## record what the Triton kernels compile to, which tests compare with (an hour)
+	$(BIN)/python -m fastgpt.inspect.table --families 80 90 100 120 --write $(ARGS)
 
 # Named by the day, so that the same command goes on with what was interrupted.
 RUN       := $(or $(RUN),$(shell date -u +%Y%m%d))

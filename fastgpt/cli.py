@@ -1,4 +1,4 @@
-"""The command line: `fastgpt prepare | train | sample | eval | export | bench | info`."""
+"""The command line: `fastgpt prepare | train | sample | eval | export | bench | inspect | info`."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from tyro.conf import Positional
 from fastgpt.config import CONFIG, PRESETS, TokenizerName, TrainConfig, override, preset
 from fastgpt.errors import InputError, TrainingStopped
 from fastgpt.files import read_text
+from fastgpt.inspect.command import inspect_command
 
 USAGE = f"""\
 fastgpt: train GPT-2 with hand-written kernels
@@ -31,6 +32,7 @@ fastgpt: train GPT-2 with hand-written kernels
   fastgpt eval RUN [--task NAME]         loss on validation text, HellaSwag, LAMBADA, or any text file
   fastgpt export RUN --to hf --out FOLDER  for transformers, or --to llmc
   fastgpt bench SUITE [options]          measure; `fastgpt bench` lists the suites
+  fastgpt inspect KERNEL --chip h100     a kernel's machine code and its limit on a chip, without a GPU
   fastgpt info                           what runs here and why: the first attachment of a bug report
 
 `fastgpt COMMAND --help` lists the options of a command."""
@@ -319,6 +321,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "eval": eval_command,
     "export": export_command,
     "bench": bench_command,
+    "inspect": inspect_command,
     "info": info_command,
 }
 

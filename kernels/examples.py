@@ -1,4 +1,4 @@
-"""What a kernel file's `examples()` is made of: see `aot.py`."""
+"""What a kernel file's `examples()` is made of: see `fastgpt.inspect.shipped`."""
 
 from __future__ import annotations
 

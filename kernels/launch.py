@@ -28,7 +28,7 @@ class Tile(NamedTuple):
     warps: int
 
 
-Capture = Callable[[Any, tuple[Any, ...], dict[str, Any]], None]
+Capture = Callable[[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]], None]
 _capture: tuple[Chip, Capture] | None = None
 
 
@@ -49,7 +49,7 @@ def _chip(device: torch.device) -> Chip:
 
 @contextmanager
 def capture(target: Chip, function: Capture) -> Iterator[None]:
-    """Hand launches, as chosen for `target`, to `function(kernel, args, options)` instead of a device."""
+    """Hand launches, as chosen for `target`, to `function(kernel, grid, args, options)`, not to a device."""
     global _capture
     before, _capture = _capture, (target, function)
     try:
@@ -69,7 +69,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
         return
     options.setdefault("enable_fp_fusion", False)
     if _capture is not None:
-        _capture[1](kernel, args, options)
+        _capture[1](kernel, grid, args, options)
         return
     with torch.cuda.device_of(args[0]):
         kernel[grid](*args, **options)

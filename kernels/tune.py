@@ -53,6 +53,13 @@ Timer = Callable[[Callable[[], Any], torch.device], float]
 log = logging.getLogger(__name__)
 
 
+class Offer(NamedTuple):
+    """What a choice is between: that of the tables, and what tuning may take instead."""
+
+    static: Any
+    candidates: Sequence[Any]
+
+
 class Call(NamedTuple):
     """A launcher and what it was called with."""
 
@@ -90,7 +97,7 @@ class _Local(threading.local):
 
     call: Call | None = None
     trial: tuple[str, Any] | None = None
-    asked: dict[str, Sequence[Any]] | None = None
+    asked: dict[str, Offer] | None = None
 
 
 _local = _Local()
@@ -142,7 +149,7 @@ def tuned(name: str, static: C, candidates: Sequence[C], *, exact: bool = False)
     `exact`: no sum depends on the choice, so that all must give the same bits.
     """
     if _local.asked is not None:
-        _local.asked[name] = candidates
+        _local.asked[name] = Offer(static, candidates)
     if _local.trial is not None:
         return _local.trial[1] if _local.trial[0] == name else static
     if _session is None or _local.call is None or not candidates:
@@ -181,8 +188,8 @@ def trying(name: str, choice: Any) -> Iterator[None]:
 
 
 @contextmanager
-def listing() -> Iterator[dict[str, Sequence[Any]]]:
-    """The candidates of every choice that is asked for inside the block, by name."""
+def listing() -> Iterator[dict[str, Offer]]:
+    """What every choice that is asked for inside the block is between, by name."""
     before, _local.asked = _local.asked, {}
     try:
         yield _local.asked

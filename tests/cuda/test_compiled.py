@@ -9,9 +9,9 @@ from pathlib import Path
 
 import cuda_emulator
 import pytest
-from cuda_resources import CHIPS, SOURCES, TABLE, cubin, machine_code, measured, resources, version
+from cuda_resources import CHIPS, SOURCES, TABLE, cubin, machine_code, measured
 
-from fastgpt.kernels import aot
+from fastgpt.inspect import build, shipped
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 
@@ -23,7 +23,7 @@ def compare(source: str, chip: str) -> None:
     assert now.keys() == known.keys(), "other kernels than before: run python tests/cuda_resources.py"
     for kernel, (registers, shared) in now.items():
         assert shared <= known[kernel][1], kernel
-        if version() == table["nvcc"]:  # registers are the compiler's choice
+        if build.nvcc_version() == table["nvcc"]:  # registers are the compiler's choice
             assert registers <= known[kernel][0], kernel
 
 
@@ -39,9 +39,9 @@ ELEMENTWISE = (
 )
 TENSOR_CORES = "attention_forward_kernel|attention_backward_keys_kernel|attention_backward_queries_kernel"
 REQUIRED = {
-    f"{ELEMENTWISE}|norm_sums_wide|{TENSOR_CORES}": aot.VECTOR_LOAD,
-    f"{ELEMENTWISE}|{TENSOR_CORES}": aot.VECTOR_STORE,
-    TENSOR_CORES: aot.TENSOR_CORES[80],
+    f"{ELEMENTWISE}|norm_sums_wide|{TENSOR_CORES}": shipped.VECTOR_LOAD,
+    f"{ELEMENTWISE}|{TENSOR_CORES}": shipped.VECTOR_STORE,
+    TENSOR_CORES: shipped.TENSOR_CORES[80],
 }
 
 
@@ -72,7 +72,7 @@ ptxas info    : Function properties for _Z1kPf
     40 bytes stack frame, 120 bytes spill stores, 112 bytes spill loads
 ptxas info    : Used 64 registers, used 1 barriers, 256 bytes smem, 360 bytes cmem[0]
 """
-    assert list(resources(said)) == [("_Z1kPf", 64, 256, 232)]
+    assert list(build.ptxas_report(said)) == [("_Z1kPf", 64, 256, 232)]
 
 
 def test_a_spill_is_an_error(tmp_path: Path) -> None:

@@ -11,9 +11,10 @@ import json
 import cuda_emulator
 import pytest
 import torch
-from cuda_resources import CHIPS, TABLE, demangled, occupancy
+from cuda_resources import CHIPS, TABLE, occupancy
 
 from fastgpt import ops
+from fastgpt.inspect.build import demangled
 
 pytestmark = pytest.mark.skipif(cuda_emulator.absent() is not None, reason=str(cuda_emulator.absent()))
 
@@ -75,19 +76,3 @@ def test_occupancy(chip: str, launches: list[tuple[str, int, int]]) -> None:
         floor = next(least for name, least in FLOORS.items() if kernel.startswith(name))
         print(f"{kernel}: {threads} threads, {registers} registers, {static + dynamic} bytes: {share:.0%}")
         assert share >= floor, f"{kernel}: {share:.0%} of the warps of {chip}"
-
-
-@pytest.mark.parametrize(
-    ("threads", "registers", "shared", "expected"),
-    [
-        (256, 32, 0, 1.0),  # 8 blocks of 8 warps: all 64
-        (256, 128, 0, 0.25),  # 65536 / (128 * 256) = 2 blocks
-        (256, 33, 0, 0.75),  # 33 registers are 40, in units of 256 a warp: 6 blocks
-        (32, 32, 0, 0.5),  # 32 blocks at most
-        (128, 32, 99 << 10, 4 / 64),  # one block of 100 KiB in 164
-        (1024, 72, 0, 0.0),  # does not start at all
-    ],
-)
-def test_occupancy_rules(threads: int, registers: int, shared: int, expected: float) -> None:
-    """Worked by hand from the CUDA programming guide's table of compute capability 8.0."""
-    assert occupancy("sm_80", threads, registers, shared) == expected

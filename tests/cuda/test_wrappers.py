@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fastgpt.kernels import aot
+from fastgpt.inspect import build
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 
@@ -73,7 +73,7 @@ def ptx(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def machine_code(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    code = aot.sass(compiled("cubin", tmp_path_factory.mktemp("cubin")).read_bytes())
+    code = build.machine_code(compiled("cubin", tmp_path_factory.mktemp("cubin")).read_bytes())
     return dict(re.findall(r"\.text\.(\w+):\n(.*?)(?=\n\.text\.|\Z)", code, re.DOTALL))
 
 

@@ -11,52 +11,68 @@ from typing import Any
 
 import pytest
 
+from fastgpt.chips import chip
+from fastgpt.inspect.table import TABLE, compare
+
 KERNELS = Path(__file__).parents[2] / "kernels"
 MODULES = sorted(path.stem for path in KERNELS.glob("*.py") if "\ndef examples(" in path.read_text())
 TUNED = [name for name in MODULES if "@tunable\n" in (KERNELS / f"{name}.py").read_text()]
 FAMILIES = (80, 90, 100, 120)
 
 
-def compiled(*arguments: str) -> list[dict[str, Any]]:
-    """What `fastgpt.kernels.aot` finds, in a process where kernels are compiled, not interpreted."""
+def compiled(*arguments: str) -> tuple[dict[str, dict[str, Any]], str]:
+    """What `fastgpt.inspect.table` finds, in a process where kernels are compiled, not interpreted."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-m", "fastgpt.kernels.aot", *arguments, "--json"],
+        [sys.executable, "-m", "fastgpt.inspect.table", *arguments, "--json"],
         env=environment,
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    results: list[dict[str, Any]] = json.loads(done.stdout)
-    return results
+    found = json.loads(done.stdout)
+    return found["kernels"], found["triton"]
 
 
-def check(results: list[dict[str, Any]]) -> None:
+def parts(name: str) -> tuple[str, int]:
+    """The kernel and the family in the name of a record."""
+    kernel, family = name.split("/")[2:4]
+    return kernel.split(":")[1], int(family.removeprefix("sm_"))
+
+
+def check(results: dict[str, dict[str, Any]]) -> None:
     assert results
-    for result in results:
-        assert not result["missing"], result
-        assert result["local_bytes"] == 0, f"spills: {result}"
-        assert result["shared_bytes"] <= result["shared_limit"], result
-        assert result["registers"] * 32 * result["warps"] <= 65536, f"no SM has so many registers: {result}"
+    for name, result in results.items():
+        limits = chip(f"sm_{parts(name)[1]}").limits
+        assert not result["missing"], (name, result)
+        assert result["local_bytes"] == 0, f"spills: {name} {result}"
+        assert result["shared_bytes"] <= limits.shared_block, (name, result)
+        assert result["blocks_of_sm"] >= 1, f"no SM has so much: {name} {result}"
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_compiles(module: str) -> None:
-    """All examples for sm_90, and those that cover each kernel once for every family."""
-    results = compiled(module)
+    """All examples for sm_90, those that cover each kernel once for every family: as recorded."""
+    results, compiler = compiled(module)
     check(results)
-    kernels = {result["kernel"] for result in results}
+    assert not compare(results, json.loads(TABLE.read_text()), compiler)
+    kernels = {parts(name)[0] for name in results}
     for family in FAMILIES:
-        if any(result["family"] != 90 for result in results):
-            assert {r["kernel"] for r in results if r["family"] == family} == kernels
+        if any(parts(name)[1] != 90 for name in results):
+            assert {parts(name)[0] for name in results if parts(name)[1] == family} == kernels
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("module", MODULES)
 def test_compiles_for_every_family(module: str, family: int) -> None:
-    check(compiled(module, "--families", str(family)))
+    """All examples: those that are recorded as they are recorded."""
+    results, compiler = compiled(module, "--families", str(family))
+    check(results)
+    record = json.loads(TABLE.read_text())
+    known = {name: result for name, result in results.items() if name in record["kernels"]}
+    assert known and not compare(known, record, compiler)
 
 
 @pytest.mark.slow
@@ -64,13 +80,4 @@ def test_compiles_for_every_family(module: str, family: int) -> None:
 @pytest.mark.parametrize("module", TUNED)
 def test_candidates_compile(module: str, family: int) -> None:
     """Whatever tuning may choose compiles without spills, as what is shipped does."""
-    check(compiled(module, "--families", str(family), "--candidates"))
-
-
-def test_every_kernel_file_is_compiled() -> None:
-    """A file with kernels lists examples, or serves a file that does."""
-    sources = {path.stem: path.read_text() for path in KERNELS.glob("*.py")}
-    for name, source in sources.items():
-        if "@triton.jit" in source and name not in MODULES:
-            users = [other for other in MODULES if f"from fastgpt.kernels.{name} import" in sources[other]]
-            assert users, f"kernels/{name}.py has no examples()"
+    check(compiled(module, "--families", str(family), "--candidates")[0])

@@ -18,7 +18,7 @@ def test_capture() -> None:
         assert chip(torch.device("cpu")) == Chip(90, 132)
         launch("kernel", (3, 0), 1, num_warps=4)
         launch("kernel", (3, 1), 1, num_warps=4)
-    assert seen == [("kernel", (1,), {"num_warps": 4, "enable_fp_fusion": False})]
+    assert seen == [("kernel", (3, 1), (1,), {"num_warps": 4, "enable_fp_fusion": False})]
     assert chip(torch.device("cpu")) == before
 
 
