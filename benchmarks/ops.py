@@ -47,10 +47,11 @@ DIRECTIONS = ("both", "forward", "backward")
 COPIES = 4  # of the inputs, which take turns
 COPIES_BYTES = {"cuda": 1 << 30, "cpu": 1 << 26}  # at most, together: large ones leave no cache warm anyway
 MIN_ROUNDS = 5
-# Guesses of what a device does, low, for leaving out a case that would take more than the rest of the budget:
-# flops/s and bytes/s, of a CPU for each thread; and how often a contender is called at the least.
-GUESS = {"cuda": (1e13, 5e11), "cpu": (1e10, 2e9)}
-CALLS = MIN_ROUNDS + 4
+# Guesses of what a device does, for leaving out a case that would take more than the rest of the budget:
+# flops/s and bytes/s, of a CPU for each thread; and how often a contender is called, checks and all.
+GUESS = {"cuda": (1e13, 5e11), "cpu": (3e10, 4e9)}
+CALLS = MIN_ROUNDS + 6
+LARGE = 0.25  # a case of more than this share of the budget comes after all others
 
 
 @dataclass
@@ -196,7 +197,7 @@ class _Suite:
         """Time the cases that are not in the file and fit the budget; returns those that did not."""
         done = {row.case for row in self.rows()}
         start, left = time.monotonic(), []
-        for case in cases:
+        for case in sorted(cases, key=lambda case: self._guess(case) > LARGE * self.given.budget):
             if self._key(case) in done:
                 continue
             remaining = self.given.budget - (time.monotonic() - start)
@@ -213,11 +214,13 @@ class _Suite:
         return self._row(case, EAGER, "ok").case
 
     def _guess(self, case: Case) -> float:
-        """Seconds that a case takes at the least."""
+        """About how many seconds a case takes, compilation aside."""
         cost = cost_of(case.workload, case.sizes, case.dtype, case.direction)
         flops, bandwidth = GUESS[self.device.type]
         times = self.where["threads"] or 1
-        return CALLS * (cost.flops / (flops * times) + cost.bytes / (bandwidth * times))
+        able = sum(contender.missing is None for contender in self._contenders(case))
+        seconds = cost.flops / (flops * times) + cost.bytes / (bandwidth * times)
+        return CALLS * (able + 1) * seconds  # eager is timed twice
 
     def _time(self, case: Case) -> list[Row]:
         """A row for each contender."""

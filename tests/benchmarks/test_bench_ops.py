@@ -220,6 +220,16 @@ def test_the_budget_leaves_out_what_does_not_fit(
     assert "--resume --run r" in out
 
 
+def test_a_case_that_would_eat_the_budget_comes_last(
+    tiny_shapes: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first by importance takes 3 of 10 seconds, as guessed: the others go before it."""
+    monkeypatch.setattr(ops._Suite, "_guess", lambda suite, case: 3.0 * (case.workload.operation == "gelu"))
+    options = {"contenders": ("native",), "directions": ("forward",), "budget": 10.0}
+    path = run_ops(OpsArgs(out=tmp_path, ops=("gelu", "rms_norm"), **QUICK, **options))
+    assert [row.operation for row in read(path)] == ["rms_norm", "rms_norm", "gelu", "gelu"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
