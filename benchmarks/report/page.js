@@ -26,7 +26,7 @@ function filterRows(block, words) {
     row.hidden = !words.every((word) => text.includes(word));
     shown += !row.hidden;
   }
-  const all = `${rows.length} rows`;
+  const all = `${rows.length} row${rows.length === 1 ? "" : "s"}`;
   block.querySelector(".count").textContent = shown === rows.length ? all : `${shown} of ${all}`;
 }
 
