@@ -13,8 +13,8 @@ from fastgpt.inspect.stages import annotated
 _STYLE = """
 body { font: 14px system-ui, sans-serif; margin: 1.5em; color: #222; background: #fff; }
 h1 { font-size: 1.3em; } pre { background: #f6f6f4; padding: .8em; overflow-x: auto; }
-.bars div { background: #4477aa; color: #fff; margin: 2px 0; padding: 1px 6px; white-space: nowrap; }
-.bars div:first-child { background: #aa3377; } .bars span { color: #222; padding-left: 8px; }
+.bars div { display: flex; margin: 2px 0; } .bars b { width: 7em; font-weight: normal; }
+.bars u { background: #4477aa; margin-right: 8px; } .bars div:first-child u { background: #aa3377; }
 nav button { font: inherit; margin-right: 4px; } nav button.on { background: #4477aa; color: #fff; }
 .columns { display: flex; gap: 1em; } .columns > div { flex: 1; min-width: 0; height: 75vh; overflow: auto;
   border: 1px solid #ccc; font: 12px ui-monospace, monospace; }
@@ -94,8 +94,8 @@ def _bars(analysis: Analysis) -> str:
         return ""
     ceiling = analysis.bounds.ceiling
     bars = "".join(
-        f'<div style="width:{max(100 * seconds / ceiling * 0.7, 1):.1f}%">{html.escape(name)}'
-        f"<span>{seconds * 1e6:.2f} us</span></div>"
+        f'<div><b>{html.escape(name)}</b><u style="width:{70 * seconds / ceiling:.1f}%"></u>'
+        f"{seconds * 1e6:.2f} us</div>"
         for name, seconds in analysis.bounds.seconds.items()
     )
     return f'<div class="bars">{bars}</div>'

@@ -145,7 +145,7 @@ def _counts(counts: dict[str, int]) -> str:
 
 def _memory(analysis: Analysis, body: Sequence[sass.Instruction]) -> list[str]:
     found = [
-        f"{name}s: " + ", ".join(f"{count} of {size} bytes" for size, count in sizes.items())
+        f"{name}: " + ", ".join(f"{count} of {size} bytes" for size, count in sizes.items())
         for name, sizes in sass.widths(body).items()
     ]
     copies = Counter(i.name for i in body if re.fullmatch(sass.ASYNC_COPIES, i.name))

@@ -85,12 +85,15 @@ def differences(name: str, now: dict[str, Any], before: dict[str, Any], *, same_
             worse.append(f"{name}: the widest global {kind} is of {found} bytes, {known} before")
     if before["tensor"] and not now["tensor"]:
         worse.append(f"{name}: no tensor core instructions, {before['tensor']} before")
-    named = {finding.split(":")[0] for finding in before["findings"]}
-    worse += [f"{name}: {finding}" for finding in now["findings"] if finding.split(":")[0] not in named]
+    worse += [f"{name}: {finding}" for finding in now["findings"] if _name(finding) not in before["findings"]]
     if same_compiler:
         changed = [field for field in EXACT if now[field] != before[field]]
         worse += [f"{name}: {field} {now[field]}, {before[field]} before" for field in changed]
     return worse
+
+
+def _name(finding: str) -> str:
+    return finding.split(":")[0]
 
 
 def compare(now: dict[str, dict[str, Any]], record: dict[str, Any], compiler: str) -> list[str]:
@@ -110,7 +113,9 @@ def due(example: Example, families: Sequence[int] | None) -> Sequence[int]:
 def _write(found: dict[str, dict[str, Any]], compiler: str) -> None:
     before = json.loads(TABLE.read_text()) if TABLE.exists() else {"kernels": {}}
     kept = before["kernels"] if before.get("triton") == compiler else {}
-    table = {"triton": compiler, "kernels": {**kept, **found}}
+    # Of findings the names: the rest says where in the source, which moves.
+    named = {n: {**one, "findings": sorted(set(map(_name, one["findings"])))} for n, one in found.items()}
+    table = {"triton": compiler, "kernels": {**kept, **named}}
     TABLE.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
 
 

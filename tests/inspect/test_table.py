@@ -54,13 +54,19 @@ def test_the_record() -> None:
                 found = [n for n in RECORD["kernels"] if n.startswith(start) and n.endswith(f"/sm_{family}")]
                 assert found, f"{start} for sm_{family}: make inspect-table"
     for name, entry in RECORD["kernels"].items():
-        assert entry["local_bytes"] == 0 and not entry["missing"], name
-        assert not {f.split(":")[0] for f in entry["findings"]} & {
-            "spills",
-            "uncoalesced",
-            "no tensor cores",
-        }, name
-        assert entry["ceiling_us"], name
+        assert entry["local_bytes"] == 0 and not entry["missing"] and entry["ceiling_us"], name
+        assert set(entry["findings"]) <= {"tail", "few warps", *accepted(name)}, (name, entry["findings"])
+
+
+def accepted(name: str) -> set[str]:
+    """What is known of a kernel, and why it stays."""
+    if ":_prepare/" in name:
+        return {"uncoalesced"}  # a row of a table for each tensor, of which there are a few hundred
+    if ":_linear_gelu/" in name and "float32" in name:
+        return {"no tensor cores"}  # fp32 is exact products, unless the user allows tf32
+    if "float32" in name and "attention" in name:
+        return {"bank conflicts"}  # Triton's own conversion of scores to the layout of an operand
+    return set()
 
 
 MUTANTS = {
