@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import triton_interpreter
+from texts import pseudo_text
 
 from fastgpt.config import GPTConfig, TrainConfig
 from fastgpt.ops import choices
@@ -38,17 +38,6 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
         # What comes with the package may change with every measurement; without it `auto` is eager.
         patch.setattr(choices, "SHIPPED", tmp_path_factory.mktemp("shipped") / "measured.json")
         yield
-
-
-def pseudo_text(characters: int, seed: int = 0) -> str:
-    """Lines of made-up words: letters depend on the ones before, so that there is something to learn."""
-    rng = random.Random(seed)
-    words = ["".join(rng.choice("aeioulnrst") for _ in range(rng.randint(2, 7))) for _ in range(60)]
-    lines, length = [], 0
-    while length < characters:
-        lines.append(" ".join(rng.choice(words) for _ in range(8)).capitalize() + ".")
-        length += len(lines[-1]) + 1
-    return "\n".join(lines)[:characters]
 
 
 @pytest.fixture(scope="session")

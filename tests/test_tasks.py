@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import pseudo_text
+from texts import pseudo_text
 from weights import gpt, save_run
 
 from fastgpt import GPT

@@ -1,4 +1,4 @@
-// Planted: all that a CUDA kernel can get wrong at once. tests/inspect/test_planted.py has it diagnosed.
+// Planted: all that a CUDA kernel can get wrong at once. tests/inspect/test_diagnosis.py has it diagnosed.
 
 constexpr int kColumns = 96;
 

@@ -1,4 +1,4 @@
-"""Planted: all that a Triton kernel can get wrong at once. tests/inspect/test_planted.py has it diagnosed."""
+"""Planted: all that a Triton kernel can get wrong at once. tests/inspect/test_diagnosis.py finds it out."""
 
 import triton
 import triton.language as tl
