@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(cuda_emulator.absent() is not None, reason=str(c
 BF16 = torch.bfloat16
 WIDTH = 1024
 ROWS = (1 << 31) // WIDTH + 3
-LAST = 8  # rows that are looked at
+LAST, MOST = 8, 64 * WIDTH  # rows that are looked at, and columns
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -30,11 +30,11 @@ def kernels() -> None:
 
 
 @pytest.fixture
-def last_blocks() -> Iterator[None]:
+def last_blocks() -> Iterator[Callable[[int], None]]:
     """Enough of them for the rows at the end: some kernels have several rows a block, or blocks a row."""
     call = cuda_emulator.loaded().emulator_last_blocks
     call(16)
-    yield
+    yield call
     call(0)
 
 
@@ -47,10 +47,11 @@ def promised(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def vast(rows: int = ROWS, width: int = WIDTH) -> Tensor:
-    """Random numbers in the last rows."""
+    """Random numbers at the end of the last rows."""
     tensor = promised(rows, width, dtype=BF16)
     assert tensor.numel() > 1 << 31
-    tensor[-LAST:] = torch.randn(LAST, width)
+    end = tensor[-LAST:, -MOST:]
+    end.copy_(torch.randn(end.shape))
     return tensor
 
 
@@ -72,6 +73,51 @@ def test_gelu(last_blocks: None) -> None:
     same(native("gelu_backward")(dy, x, "tanh"), dx)
     wide = ops.bias_gelu(x[-LAST:].float(), bias.float(), backend="eager")
     same(native("bias_gelu_forward")(x, bias, "tanh"), wide.to(BF16))
+
+
+def test_bias_gelu_backward(last_blocks: None) -> None:
+    """Two rows, so that the last blocks have whole columns: of dx, and half as many of their sums."""
+    width = (1 << 30) + WIDTH
+    x, dy, bias = vast(2, width), vast(2, width), promised(width, dtype=BF16)
+    bias[-WIDTH:] = torch.randn(WIDTH)
+    tail = (x[:, -WIDTH:] + bias[-WIDTH:].float()).requires_grad_()
+    y = ops.gelu(tail, backend="eager")
+    (expected,) = torch.autograd.grad(y, tail, dy[:, -WIDTH:].float())
+    dx, db = native("bias_gelu_backward")(dy, x, bias, "tanh")
+    torch.testing.assert_close(dx[:, -WIDTH:], expected.to(BF16))
+    torch.testing.assert_close(db[-WIDTH // 2 :], expected.sum(0)[-WIDTH // 2 :].to(BF16))
+
+
+def test_backward_of_norm(last_blocks: Callable[[int], None]) -> None:
+    """Rows so wide that a block has one of dx, and another a few columns of the weight's gradient."""
+    width, rows = 64 * WIDTH, ROWS // 64 + 1
+    x, dy = vast(rows, width), vast(rows, width)
+    w, mean, rstd = torch.randn(width).to(BF16), torch.randn(rows), torch.rand(rows)
+    last_blocks(1)
+    dx, dw, db = native("layer_norm_backward")(dy, x, w, mean, rstd, True)
+    mean, rstd = mean[-LAST:, None], rstd[-LAST:, None]
+    xhat, dout = (x[-LAST:].float() - mean) * rstd, dy[-LAST:].float()
+    g = dout * w.float()
+    expected = (g - g.mean(-1, keepdim=True) - xhat * (g * xhat).mean(-1, keepdim=True)) * rstd
+    torch.testing.assert_close(dx[-1], expected[-1].to(BF16))
+    torch.testing.assert_close(dw[-32:], (dout * xhat).sum(0)[-32:].to(BF16))
+    torch.testing.assert_close(db[-32:], dout.sum(0)[-32:].to(BF16))
+
+
+def test_adamw(last_blocks: None) -> None:
+    numel = (1 << 31) + 3 * WIDTH
+    dtypes = (BF16, BF16, torch.float32, torch.float32)
+    far = [promised(numel, dtype=dtype) for dtype in dtypes]
+    near = [torch.rand(WIDTH).to(dtype) for dtype in dtypes]
+    for tensor, values in zip(far, near, strict=True):
+        tensor[-WIDTH:] = values
+    hyper = torch.tensor([[1e-2, 0.9, 0.95, 1e-8, 0.1]], dtype=torch.float64)
+    for p, grad, m, v in (far, near):
+        tensors = [[p], [grad], [m], [v], [torch.zeros(())], []]
+        native("adamw__forward")(*tensors, hyper, [0], None, 0.0, None, None, None)
+    for tensor, values in zip(far, near, strict=True):
+        assert torch.equal(tensor[-WIDTH:], values)
+    native("grad_norm_forward")([far[1]])  # reads where it should: of chunks that do not run it has no sums
 
 
 def test_dropout_add(last_blocks: None) -> None:
@@ -131,6 +177,22 @@ def test_strides_of_attention(dtype: torch.dtype, apart: int) -> None:
 MUTANTS = {
     "csrc/cuda/dropout.cuh": [
         ("(static_cast<int64_t>(blockIdx.x) * 4 + k)", "static_cast<int>(blockIdx.x * 4 + k)"),
+    ],
+    "csrc/cuda/layer_norm.cuh": [
+        (
+            "const int64_t at = row * p.width;\n  const float mean =",
+            "const int at = row * p.width;\n  const float mean =",
+        ),
+    ],
+    "csrc/cuda/adamw.cuh": [
+        (
+            "const int64_t first = chunk.index * kAdamwChunk + place",
+            "const int first = chunk.index * kAdamwChunk + place",
+        ),
+        (
+            "const int64_t first = chunk.index * kAdamwChunk + (part",
+            "const int first = chunk.index * kAdamwChunk + (part",
+        ),
     ],
     "csrc/cuda/attention_tiles.cuh": [
         (
