@@ -62,11 +62,12 @@ BENCH     := $(BIN)/fastgpt bench
 THIS_RUN   = --out $(BENCH_DIR) --run $(RUN) --resume
 
 bench: install  ## time operations, training and generation on this machine, under 10 minutes; writes a report
-	-$(BENCH) ops --shapes quick --budget 240 $(THIS_RUN)
-	-$(BENCH) train --budget 150 $(THIS_RUN)
-	-$(BENCH) generate --budget 60 $(THIS_RUN)
-	@$(BENCH) report $(BENCH_DIR) --out $(BENCH_DIR)/report
+	@mkdir -p $(BENCH_DIR) && echo "timing, at most 9 minutes: tail -f $(BENCH_DIR)/log.txt"
+	@$(BENCH) ops --shapes quick --budget 240 $(THIS_RUN) >> $(BENCH_DIR)/log.txt || tail $(BENCH_DIR)/log.txt
+	@$(BENCH) train --budget 150 $(THIS_RUN) >> $(BENCH_DIR)/log.txt || tail $(BENCH_DIR)/log.txt
+	@$(BENCH) generate --budget 60 $(THIS_RUN) >> $(BENCH_DIR)/log.txt || tail $(BENCH_DIR)/log.txt
 	@$(BENCH) summary $(BENCH_DIR)
+	@$(BENCH) report $(BENCH_DIR) --out $(BENCH_DIR)/report
 
 bench-gpu: install  ## everything on this machine's GPU, most important first, under 10 minutes, resumable
 	-$(BENCH) train --device cuda --preset gpt2 --budget 150 $(THIS_RUN)

@@ -89,17 +89,35 @@ def test_summary_shows_losers_first_and_what_was_wrong(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     slow = dataclasses.replace(ROW, operation="rms_norm", ratio=0.5)
-    slower = dataclasses.replace(slow, shape="B=1", ratio=0.25)
+    slower = dataclasses.replace(slow, shape="B=1", ratio=0.125)
     wrong = dataclasses.replace(OTHER, status="wrong", note="off by one")
     step = dataclasses.replace(ROW, suite="train", operation="gpt2", tokens_per_s=12345.0, ratio=None)
     path = tmp_path / "r.csv"
     append([ROW, slow, slower, wrong, step], path)
     assert main(["bench", "summary", str(path)]) == 0
     out = capsys.readouterr().out
-    assert out.index("0.25 to 0.50") < out.index("1.25\n")
+    lines = [line.split() for line in out.splitlines()]
+    contenders = lines[lines.index(["all", "direction", "contender", "cases", "least", "most"]) + 1 :]
+    assert contenders[0] == ["rms_norm", "both", "native", "2", "0.12", "0.50"]
+    assert contenders[1] == ["gelu", "both", "native", "1", "1.25", "1.25"]
     assert "wrong: gelu both float32 B=8 T=1024 C=768 eager: off by one" in out
     assert "12,345" in out
     assert summary([OTHER]) == "nothing was timed"
+
+
+def test_summary_opens_with_the_best_of_each_operation() -> None:
+    """By the geometric mean over the cases, of those that ran in all of them."""
+    shapes = ("B=1", "B=2")
+    ratios = {"native": (4.0, 1.0), "compile": (1.5, 1.5), "eager": (1.0, 1.0)}
+    rows = [
+        dataclasses.replace(ROW, contender=name, shape=shape, ratio=r, ratio_p20=0.9 * r, ratio_p80=1.1 * r)
+        for name, pair in ratios.items()
+        for shape, r in zip(shapes, pair, strict=True)
+    ]
+    rows.append(dataclasses.replace(rows[0], contender="peer", ratio=9.0))
+    first, second, *_ = summary(rows).splitlines()
+    assert first.split()[0] == "fastest"
+    assert second.split() == ["gelu", "both", "native", "2", "2.00", "1.00", "4.00", "+-10%"]
 
 
 def test_suites_by_name(capsys: pytest.CaptureFixture[str]) -> None:
