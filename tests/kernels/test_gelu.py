@@ -86,6 +86,18 @@ def test_every_magnitude(dtype: torch.dtype, approximate: str, backend: str) -> 
     assert ((dx.double().cpu() - dy * slope).abs() <= units * eps * dy.abs()).all()
 
 
+@backends
+def test_slope_right_of_zero(backend: str) -> None:
+    """Within a few units, also where s is near 1: there 1 - s has lost the digits that h multiplies."""
+    x = torch.linspace(0, 8, 4001, device=device)
+    _, dx = run(ops.gelu, [x], "tanh", backend)
+    dy = cotangent(x, x.dtype).double()
+    exact = x.double().cpu().requires_grad_()
+    out = ops.gelu(exact, approximate="tanh", backend="eager")
+    (slope,) = torch.autograd.grad(out, exact, torch.ones_like(out))
+    assert ((dx.double().cpu() - dy.cpu() * slope).abs() <= 4 * torch.finfo(x.dtype).eps * dy.cpu()).all()
+
+
 @forms
 @backends
 def test_infinities_and_nan(approximate: str, backend: str) -> None:
