@@ -232,6 +232,6 @@ def _too_large(column: Column, capacity: int) -> str:
     ways += ["another layout"] if setup.layout in ("ddp", "zero1") else ["more GPUs"]
     needed, given = column.memory.peak / 2**30, capacity / 2**30
     return (
-        f"{setup.layout} does not fit with {setup.micro_batch} a micro-batch: {needed:.1f} GiB of {given:.1f} "
-        f"(computed). Try {' or '.join(ways)}."
+        f"{setup.layout} does not fit with {setup.micro_batch} a micro-batch: {needed:.1f} GiB of "
+        f"{given:.1f} (computed). Try {' or '.join(ways)}."
     )
