@@ -264,7 +264,7 @@ def assert_same_state_but_for_losses(run: Path, other: Path) -> None:
 
 
 def test_ranks_leave_a_step_out_together(tiny: Tiny, tmp_path: Path) -> None:
-    """Step 5 is bad for both ranks, step 6 for one of them. Split parameters are updated by PyTorch's AdamW."""
+    """Step 5 is bad for both ranks, step 6 for one. Split parameters are updated by PyTorch's AdamW."""
 
     def run() -> list[list[bool]]:
         judge, step = Guard._judge, Trainer.step
