@@ -26,9 +26,10 @@ from torch.distributed.tensor import DTensor
 
 from fastgpt import checkpoint, sharding
 from fastgpt.config import TrainConfig
-from fastgpt.data import ValidationSet
+from fastgpt.data import TokenDataset, ValidationSet
 from fastgpt.errors import TrainingStopped
 from fastgpt.evaluate import evaluating
+from fastgpt.model import GPT
 
 if TYPE_CHECKING:
     from fastgpt.distributed import World
@@ -230,13 +231,16 @@ class Growth:
     """What to watch beside the losses, for metrics.jsonl: logits and gradients.
 
     Args:
-        model: a GPT, split over ranks or not.
-        windows: the same on all ranks, who look at them together.
+        model: split over ranks or not.
+        data: PROBE_TOKENS of its validation text are looked at, by all ranks together.
         device: of the model.
     """
 
-    def __init__(self, model: nn.Module, windows: ValidationSet, device: torch.device) -> None:
-        self._model, self._windows, self._device = model, windows, device
+    def __init__(self, model: GPT, data: TokenDataset, device: torch.device) -> None:
+        self._model, self._device = model, device
+        block_size, vocab_size = model.config.block_size, data.tokenizer.vocab_size
+        count = max(1, PROBE_TOKENS // block_size)
+        self._windows = ValidationSet(data.val, block_size, max_windows=count, vocab_size=vocab_size)
         self._norms: dict[str, Tensor] = {}
 
     def look(self) -> None:

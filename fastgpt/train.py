@@ -91,9 +91,7 @@ class Trainer:
         self.best_val_loss = math.inf
         self._sample: str | None = None  # by the weights as they are now
         self.guard = stability.Guard(config, self.world, scaled=self.scaler.is_enabled())
-        probes = max(1, stability.PROBE_TOKENS // block_size)
-        probe = ValidationSet(data.val, block_size, max_windows=probes, vocab_size=vocab_size)
-        self.growth = stability.Growth(self.model, probe, self.device)
+        self.growth = stability.Growth(self.model, data, self.device)
 
     # -- one step ----------------------------------------------------------------------------------------
 
@@ -135,11 +133,7 @@ class Trainer:
         return self.loader.micro_batches(step, rows, self.world.rank, self.world.size)
 
     def check(self) -> None:
-        """Look at the losses and gradients since the last look.
-
-        Raises:
-            TrainingStopped: one is NaN or infinite, or the guard says stop.
-        """
+        """Look at the steps since the last look. Raises TrainingStopped for NaN, or by the guard."""
         self.guard.check(self.out_dir, self._save_as)
 
     def _save_as(self, step: int) -> Path:
@@ -321,7 +315,7 @@ def train(config: TrainConfig) -> Trainer:
 
     Raises:
         InputError: something in the input is wrong; nothing was overwritten.
-        TrainingStopped: the loss became NaN or infinite.
+        TrainingStopped: the loss became NaN or infinite, or the guard stopped it.
     """
     if config.out_dir is None:
         raise InputError("out_dir is not set: name the folder for the run")

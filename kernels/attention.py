@@ -8,9 +8,9 @@ through blocks of keys from left to right, with s = q k^T and c = log2(e) scale,
     o = a o + (z 2^(c (s - m'))) v                   z: dropout
     after the last block   o = o / total,   lse = c m + log2 total, in base 2 too
 
-The weight of a row's maximum is then exactly 1. With 2^(c s - c m), one instruction less, it is off by what
-rounding c m leaves, while in o's product, rounded to bf16, it is 1: where two maxima share a row, all the ties in
-the rounding of o go the same way, row by row (docs/stability.md).
+The weight of a row's maximum is then exactly 1. With 2^(c s - c m), an instruction less, it is off by what
+rounding c m leaves, and 1 in o's product, whose operands are bf16: where two maxima share a row, all the
+ties in the rounding of o go the same way, row by row (docs/stability.md).
 
            keys ->
     q  [M][ ][ ][M]             M: at the window's edge or on the diagonal: masked
