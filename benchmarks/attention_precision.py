@@ -103,7 +103,6 @@ CONTENDERS: dict[str, tuple[torch.dtype, Callable[[Tensor], Tensor]]] = {
     "bf16, native": (torch.bfloat16, _implementation("native")),
     "fp32, native": (torch.float32, _implementation("native")),
     "bf16, rounded before dividing": (torch.bfloat16, rounded_before_dividing),
-    "bf16, PyTorch": (torch.bfloat16, _implementation("eager")),
 }
 
 

@@ -332,7 +332,7 @@ def attention_forward(
         WINDOWED=windowed,
         num_warps=config.warps,
         num_stages=config.stages,
-        maxnreg=most_registers(q, crowded=seed is not None or Tq <= FEW_QUERIES),
+        maxnreg=most_registers(q, crowded=seed is not None or Tq <= FEW_QUERIES or q.dtype == torch.float32),
     )
     if parts is not None:
         launch(
