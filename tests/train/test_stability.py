@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
@@ -327,6 +328,10 @@ def test_logits_and_gradients_are_logged_at_evaluations(tiny: Tiny, monkeypatch:
         logits = trainer.model(windows)[0]
     assert rows[12]["max_logit"] == pytest.approx(logits.abs().max().item(), rel=1e-5)
     assert rows[12]["log_sum_exp"] == pytest.approx(logits.logsumexp(-1).mean().item(), rel=1e-5)
+    with torch.no_grad():
+        for p in trainer.model.transformer.ln_f.parameters():
+            p.neg_()  # and so all logits: the largest of them is the most negative now
+    assert trainer.growth.row(contextlib.nullcontext())["max_logit"] == pytest.approx(rows[12]["max_logit"])
     events = EventAccumulator(str(trainer.out_dir / "tensorboard"))
     events.Reload()
     assert {"max_logit", "log_sum_exp", *groups} <= set(events.Tags()["scalars"])
