@@ -264,12 +264,16 @@ def assert_same_state_but_for_losses(run: Path, other: Path) -> None:
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_ranks_leave_a_step_out_together(tiny: Tiny, tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
+def test_ranks_leave_a_step_out_together(tiny: Tiny, layout: str) -> None:
     """Step 5 is bad for both ranks, step 6 for one. Split parameters are updated by PyTorch's AdamW."""
 
-    def run() -> list[list[bool]]:
-        judge, step = Guard._judge, Trainer.step
-        moved: list[list[bool]] = []
+    common = {"batch_size": 4, "micro_batch_size": 2, "max_steps": 7, "sample_tokens": 0}
+    config = guarded(tiny, parallel=layout, **common)
+
+    def run() -> list[bool]:
+        judge = Guard._judge
+        moved: list[bool] = []
 
         def one_sees_more(self: Guard, number: int, loss: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
             alone = number == 6 and self.world.rank == 1
@@ -278,7 +282,7 @@ def test_ranks_leave_a_step_out_together(tiny: Tiny, tmp_path: Path) -> None:
         def watched(self: Trainer) -> Any:
             before = [local(p).detach().clone() for p in self.model.parameters()]
             found = step(self)
-            moved[-1].append(not same(before, [local(p) for p in self.model.parameters()]))
+            moved.append(not same(before, [local(p) for p in self.model.parameters()]))
             return found
 
         with pytest.MonkeyPatch.context() as patch:
@@ -286,14 +290,10 @@ def test_ranks_leave_a_step_out_together(tiny: Tiny, tmp_path: Path) -> None:
             step = Trainer.step
             patch.setattr(Trainer, "step", watched)
             patch.setattr(Guard, "_judge", one_sees_more)
-            for layout in ("ddp", "fsdp"):
-                moved.append([])
-                common = {"batch_size": 4, "micro_batch_size": 2, "max_steps": 7, "sample_tokens": 0}
-                train(guarded(tiny, out_dir=tmp_path / layout, parallel=layout, **common))
+            train(config)
         return moved
 
-    expected = [True, True, True, True, False, False, True]
-    assert each_rank(2, run) == [[expected, expected]] * 2
+    assert each_rank(2, run) == [[True, True, True, True, False, False, True]] * 2
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
@@ -303,24 +303,32 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 # -- what grows ----------------------------------------------------------------------------------------------
 
 
-def test_logits_and_gradients_are_logged_at_evaluations(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_and_gradients_are_logged_at_evaluations(tiny: Tiny) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     norms: list[dict[str, float]] = []
-
-    def watch(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
-        norms.append({"all": torch.cat([g.flatten() for g in grads]).norm().item()})
-
+    parts = {"attention": ".attn.", "mlp": ".mlp.", "norm": "ln_", "embedding": ".wte.", "all": ""}
     trainer = start(tiny(grad_clip=0.0, model=dataclasses.replace(tiny().model, dropout=0.0)))
+
+    def watch(*_: Any) -> None:
+        grads = {name: p.grad for name, p in trainer.model.named_parameters()}
+        pair = [grads.pop(f"transformer.{name}.weight").flatten() for name in ("wte", "wpe")]
+        grads["transformer.wte."] = torch.cat(pair)
+        norms.append(
+            {
+                group: torch.cat([g.flatten() for name, g in grads.items() if part in name]).norm().item()
+                for group, part in parts.items()
+            }
+        )
+
     trainer.optimizer.register_step_pre_hook(watch)
     trainer.run()
     rows = {row["step"]: row for row in read_metrics(trainer.out_dir)}
     groups = [f"grad_norm_{group}" for group in stability.GROUPS]
     for step in (4, 8, 12):
-        whole = math.sqrt(sum(rows[step][name] ** 2 for name in groups))
-        assert whole == pytest.approx(norms[step - 1]["all"], rel=1e-5)
-        assert whole == pytest.approx(rows[step]["grad_norm"], rel=1e-5)
+        for group in stability.GROUPS:
+            assert rows[step][f"grad_norm_{group}"] == pytest.approx(norms[step - 1][group], rel=1e-5)
+        assert rows[step]["grad_norm"] == pytest.approx(norms[step - 1]["all"], rel=1e-5)
     assert all(rows[2][name] is None for name in [*groups, "max_logit", "log_sum_exp"])
     windows = torch.cat([torch.from_numpy(x) for x, _ in trainer.growth._windows.batches(1)])
     trainer.model.eval()
