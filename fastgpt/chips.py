@@ -44,6 +44,9 @@ class Chip:
     clock_hz: float
     bandwidth: float  # bytes/s of its memory
     l2: int  # bytes
+    memory: int  # bytes
+    link: float  # bytes/s in each direction to GPUs of the same machine
+    network: float | None  # bytes/s in each direction to other machines, where NVIDIA sells one with the chip
     peaks: dict[str, float | None]
     source: str
     limits: Limits
@@ -78,6 +81,9 @@ def _chip(name: str, limits: Limits, values: dict[str, Any]) -> Chip:
         clock_hz=values["clock"] * 1e6,
         bandwidth=values["bandwidth"] * 1e9,
         l2=values["l2"] << 20,
+        memory=values["memory"] << 30,
+        link=values["link"] * 1e9,
+        network=None if values["network"] is None else values["network"] * 1e9,
         peaks={p: None if values["peak"][p] is None else values["peak"][p] * 1e12 for p in PRECISIONS},
         source=values["source"],
         limits=limits,

@@ -1,4 +1,4 @@
-"""The command line: `fastgpt prepare | train | sample | eval | export | bench | inspect | info`."""
+"""The command line: `fastgpt prepare | train | plan | sample | eval | export | bench | inspect | info`."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ fastgpt: train GPT-2 with hand-written kernels
 
   fastgpt prepare CORPUS --out FOLDER    turn text into token shards
   fastgpt train PRESET [options]         train; presets: {", ".join(PRESETS)}
+  fastgpt plan PRESET --gpus 64 --chip h100  memory, exchange and time on GPUs, computed without any
   fastgpt sample RUN --prompt TEXT       write text with a trained model
   fastgpt eval RUN [--task NAME]         loss on validation text, HellaSwag, LAMBADA, or any text file
   fastgpt export RUN --to hf --out FOLDER  for transformers, or --to llmc
@@ -282,6 +283,12 @@ def eval_command(args: Sequence[str]) -> None:
     command(args)
 
 
+def plan_command(args: Sequence[str]) -> None:
+    from fastgpt.plan_command import command
+
+    command(args)
+
+
 def export_command(args: Sequence[str]) -> None:
     from fastgpt.export import command
 
@@ -317,6 +324,7 @@ def info_command(args: Sequence[str]) -> None:
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "prepare": prepare_command,
     "train": train_command,
+    "plan": plan_command,
     "sample": sample_command,
     "eval": eval_command,
     "export": export_command,

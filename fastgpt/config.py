@@ -64,6 +64,7 @@ Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 Weights = Literal["fp32", "bf16"]
 Recompute = Literal["none", "gelu", "block"]
 Parallel = Literal["ddp", "zero1", "fsdp", "hsdp"]
+GuardAction = Literal["off", "warn", "skip", "stop"]
 Schedule = Literal["cosine", "linear", "constant", "wsd"]
 
 
@@ -136,6 +137,14 @@ class TrainConfig:
     timeout_minutes: float = 10.0
     """Under torchrun, how long a process waits for the others before it stops."""
 
+    guard: GuardAction = "off"
+    """What to do about a step whose loss or gradient norm stands out: nothing (off), say so (warn), leave it
+    out (skip), or leave it out and stop (stop)."""
+    guard_z: float = 6.0
+    """How many standard deviations above the last steps' mean stand out."""
+    guard_window: int = 128
+    """How many steps a step is compared with; the first so many are not judged."""
+
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     eval_every: int = 250
@@ -172,7 +181,8 @@ class TrainConfig:
         for name in ("val_fraction", "min_lr_fraction", "decay_fraction"):
             _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "between 0 and 1")
         _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "greater than 0")
-        for name in ("eps", "timeout_minutes"):
+        _require(self.guard_window >= 2, "guard_window", self.guard_window, "at least 2")
+        for name in ("eps", "timeout_minutes", "guard_z"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "greater than 0")
         _require(
             all(0 <= beta < 1 for beta in self.betas), "betas", self.betas, "each at least 0, less than 1"
@@ -182,6 +192,7 @@ class TrainConfig:
             "weights": Weights,
             "recompute": Recompute,
             "parallel": Parallel,
+            "guard": GuardAction,
             "schedule": Schedule,
             "tokenizer": TokenizerName,
         }

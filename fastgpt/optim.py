@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 
 from fastgpt.config import TrainConfig
 from fastgpt.errors import InputError
@@ -102,6 +103,7 @@ class AdamW(torch.optim.Optimizer):
         self.master_weights = master_weights
         self.stochastic_rounding = stochastic_rounding
         self.grad_norm: Tensor | None = None
+        self.veto: Callable[[Tensor], Tensor | None] | None = None  # of `update`
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, {**defaults, **_TORCH_OPTIONS})
         self._prepare()
@@ -116,6 +118,7 @@ class AdamW(torch.optim.Optimizer):
             **super().__getstate__(),
             **{name: getattr(self, name) for name in options},
             "grad_norm": None,
+            "veto": None,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -146,6 +149,8 @@ class AdamW(torch.optim.Optimizer):
         if self.max_grad_norm is not None and batches:
             norm = _norm(batches.values())
             self.grad_norm = norm if grad_scale is None else norm / grad_scale
+            if self.veto is not None:
+                found_inf = _either(found_inf, self.veto(self.grad_norm))
         self.write_hyperparameters()
         for (device, dtype, *_), batch in batches.items():
             adamw_(
@@ -281,6 +286,13 @@ def _on(device: torch.device, scalar: Tensor | None) -> Tensor | None:
     return None if scalar is None else scalar.to(device, non_blocking=True)
 
 
+def _either(found_inf: Tensor | None, veto: Tensor | None) -> Tensor | None:
+    """What leaves a step out if one of them does."""
+    if found_inf is None or veto is None:
+        return veto if found_inf is None else found_inf
+    return torch.maximum(found_inf.reshape(()), veto.to(found_inf).reshape(()))
+
+
 def _norm(batches: Iterable[_Batch]) -> Tensor:
     """Of the gradients of all batches together."""
     norms = [grad_norm(batch.grads) for batch in batches]
@@ -314,7 +326,12 @@ def adamw(model: nn.Module, config: TrainConfig) -> AdamW | torch.optim.AdamW:
 
 
 def update(
-    optimizer: AdamW | torch.optim.AdamW, scaler: torch.amp.GradScaler, max_grad_norm: float
+    optimizer: AdamW | torch.optim.AdamW,
+    scaler: torch.amp.GradScaler,
+    max_grad_norm: float,
+    *,
+    veto: Callable[[Tensor], Tensor | None] | None = None,
+    look: Callable[[], None] | None = None,
 ) -> Tensor:
     """Clip the gradients, step, and forget them. Returns their norm before clipping, on the device.
 
@@ -322,9 +339,14 @@ def update(
         optimizer: of `adamw`, which folds the clipping into its step where it can.
         scaler: skips the step where fp16 gradients overflowed.
         max_grad_norm: the norm that longer gradients are scaled to; 0 leaves them.
+        veto: asked with that norm whether to leave the step out: by a scalar on the device that is 1.0.
+        look: called when the gradients are there, unscaled and not clipped.
     """
     scaler.unscale_(optimizer)
+    if look is not None:
+        look()
     if isinstance(optimizer, AdamW):
+        optimizer.veto = veto
         scaler.step(optimizer)
         norm = optimizer.grad_norm
         assert norm is not None  # max_grad_norm is set
@@ -332,7 +354,33 @@ def update(
         params = [param for group in optimizer.param_groups for param in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(params, max_grad_norm or math.inf)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        scaler.step(optimizer)
+        with _left_out(optimizer, None if veto is None else veto(norm)):
+            scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return norm
+
+
+@contextlib.contextmanager
+def _left_out(optimizer: torch.optim.AdamW, veto: Tensor | None) -> Iterator[None]:
+    """Inside, a step of PyTorch's fused AdamW does nothing where `veto` is 1.0 or a scaler found infinity."""
+    if veto is None:
+        yield
+        return
+
+    def merge(optimizer: Any, *_: Any) -> None:
+        found = _either(getattr(optimizer, "found_inf", None), veto)
+        parameter = optimizer.param_groups[0]["params"][0]
+        if isinstance(parameter, DTensor) and found is not None:
+            found = DTensor.from_local(
+                found, parameter.device_mesh, [Replicate()] * parameter.device_mesh.ndim
+            )
+        optimizer.found_inf = found
+
+    handle = optimizer.register_step_pre_hook(merge)
+    try:
+        yield
+    finally:
+        handle.remove()
+        if hasattr(optimizer, "found_inf"):  # a scaler deletes its own
+            del optimizer.found_inf

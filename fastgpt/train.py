@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt import checkpoint, distributed, runtime, sharding
+from fastgpt import checkpoint, distributed, runtime, sharding, stability
 from fastgpt.config import GPTConfig, TrainConfig
 from fastgpt.data import (
     Batch,
@@ -32,7 +32,7 @@ from fastgpt.data import (
     prepared,
 )
 from fastgpt.distributed import World
-from fastgpt.errors import InputError, TrainingStopped
+from fastgpt.errors import InputError
 from fastgpt.evaluate import validation_loss
 from fastgpt.generate import encode_prompt, sample_text
 from fastgpt.metrics import MetricsLog, Silent, announce, plot_losses, step_row, write_record
@@ -90,7 +90,8 @@ class Trainer:
         self.val_loss: float | None = None  # of the weights as they are now
         self.best_val_loss = math.inf
         self._sample: str | None = None  # by the weights as they are now
-        self._unchecked: list[tuple[int, Tensor, Tensor]] = []
+        self.guard = stability.Guard(config, self.world, scaled=self.scaler.is_enabled())
+        self.growth = stability.Growth(self.model, data, self.device)
 
     # -- one step ----------------------------------------------------------------------------------------
 
@@ -114,10 +115,16 @@ class Trainer:
                 self.scaler.scale(summed / tokens).backward()
             loss += summed.detach() / tokens
         self.world.mean(loss)
-        norm = update(self.optimizer, self.scaler, self.config.grad_clip)
         self.steps_done += 1
+        norm = update(
+            self.optimizer,
+            self.scaler,
+            self.config.grad_clip,
+            veto=self.guard.veto(self.steps_done, loss),
+            look=self.growth.look if self._due(self.config.eval_every) else None,
+        )
         self.val_loss = self._sample = None
-        self._unchecked.append((self.steps_done, loss, norm))
+        self.guard.done(self.steps_done, loss, norm)
         return loss, norm
 
     def _micro_batches(self, step: int) -> list[Batch]:
@@ -125,29 +132,14 @@ class Trainer:
         rows = self.config.micro_batch_size or self.config.batch_size
         return self.loader.micro_batches(step, rows, self.world.rank, self.world.size)
 
-    def check_finite(self) -> None:
-        """Look at the losses and gradients since the last look; one transfer for all of them.
+    def check(self) -> None:
+        """Look at the steps since the last look. Raises TrainingStopped for NaN, or by the guard."""
+        self.guard.check(self.out_dir, self._save_as)
 
-        Raises:
-            TrainingStopped: one is NaN or infinite. (In fp16 the scaler skips steps with infinite gradients.)
-        """
-        if not self._unchecked:
-            return
-        losses = torch.stack([loss for _, loss, _ in self._unchecked]).tolist()
-        norms = torch.stack([norm for _, _, norm in self._unchecked]).tolist()
-        steps = [step for step, _, _ in self._unchecked]
-        self._unchecked.clear()
-        for step, loss, norm in zip(steps, losses, norms, strict=True):
-            if math.isfinite(loss) and (math.isfinite(norm) or self.scaler.is_enabled()):
-                continue
-            kept = checkpoint.checkpoints(self.out_dir)
-            survivor = (
-                f"The last good checkpoint is {kept[-1]}." if kept else "No checkpoint was written yet."
-            )
-            raise TrainingStopped(
-                f"step {step}: loss {loss}, gradient norm {norm}. {survivor} A lower --learning-rate, "
-                "a longer --warmup-steps or another --precision may help."
-            )
+    def _save_as(self, step: int) -> Path:
+        """The state as it is, which is that after `step`: the guard left out what came since."""
+        self.steps_done, self.val_loss = step, None
+        return self.save()
 
     # -- evaluation and checkpoints ----------------------------------------------------------------------
 
@@ -169,12 +161,13 @@ class Trainer:
 
     def save(self) -> Path:
         """Write a checkpoint of the current step."""
-        self.check_finite()
+        self.check()
         generators = {
             f"rng:{rank}:{name}": state
             for name, own in runtime.rng_state(self.device).items()
             for rank, state in enumerate(self.world.gather(own))
         }
+        others = {**generators, **self.guard.tensors()}
         path = checkpoint.path_of(self.out_dir, self.steps_done)
         if self.world.from_main(path.exists()):
             return path  # complete, and training is deterministic: it holds the same bits
@@ -199,7 +192,7 @@ class Trainer:
             tokenizer=self.data.tokenizer,
             state=state,
             model=weights,
-            training=generators if write_shards else {**optimizer, **generators},
+            training=others if write_shards else {**optimizer, **others},
             write_shards=write_shards,
         )
 
@@ -226,6 +219,7 @@ class Trainer:
         self.model.load_state_dict({k: sharding.like(v, parameters[k]) for k, v in saved.model.items()})
         training = saved.training()
         generators = {name: training.pop(name) for name in list(training) if name.startswith("rng:")}
+        self.guard.load({name: training.pop(name) for name in list(training) if name.startswith("guard:")})
         training = checkpoint.read_optimizer_tensors(self.model, saved, training)
         checkpoint.load_optimizer_tensors(self.model, self.optimizer, training, saved.model)
         self.scaler.load_state_dict(saved.state["scaler"])
@@ -273,7 +267,7 @@ class Trainer:
 
     def _look(self, loss: Tensor, norm: Tensor, log: MetricsLog | Silent) -> None:
         """Log the step just done; evaluate and save where they are due."""
-        self.check_finite()
+        self.check()
         start, first = self._since
         elapsed = time.perf_counter() - start
         self.seconds += elapsed
@@ -282,13 +276,17 @@ class Trainer:
             val_loss = self.evaluate()
             improved = val_loss < self.best_val_loss
             self.best_val_loss = min(self.best_val_loss, val_loss)
-        row = step_row(self, loss.item(), norm.item(), (self.steps_done - first) / elapsed)
+        row = step_row(self, loss.item(), norm.item(), (self.steps_done - first) / elapsed) | self.guard.row()
+        if self._due(self.config.eval_every):
+            row |= self.growth.row(self.precision.autocast())
         if self.hellaswag and self._due(self.config.hellaswag_every):
             model = sharding.whole_model(self.model, self.world)
             if self.world.main:
                 with self.precision.autocast():
                     row |= {f"hellaswag_{k}": v for k, v in self.hellaswag.evaluate(model).items()}
         log.log(row)
+        if news := self.guard.news(row):
+            self.world.say(news)
         if improved or self._due(self.config.checkpoint_every):
             self.save()
         if self.val_loss is not None and self.config.sample_tokens:
@@ -317,7 +315,7 @@ def train(config: TrainConfig) -> Trainer:
 
     Raises:
         InputError: something in the input is wrong; nothing was overwritten.
-        TrainingStopped: the loss became NaN or infinite.
+        TrainingStopped: the loss became NaN or infinite, or the guard stopped it.
     """
     if config.out_dir is None:
         raise InputError("out_dir is not set: name the folder for the run")

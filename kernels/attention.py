@@ -1,12 +1,16 @@
 """Causal attention, forward: FlashAttention-2 (Dao, arXiv 2307.08691) on packed or strided q, k, v.
 
 Query i, at position t(i) = Tk - Tq + i, sees keys t(i) - window < j <= t(i). For a block of queries, going
-through blocks of keys from left to right, with scores in base 2, s2 = log2(e) scale q k^T:
+through blocks of keys from left to right, with s = q k^T and c = log2(e) scale, scores in base 2 being c s:
 
-    m' = max(m, max_j s2)         a = 2^(m - m')
-    total = a total + sum_j 2^(s2 - m')
-    o = a o + (z 2^(s2 - m')) v                      z: dropout
-    after the last block   o = o / total,   lse = m + log2 total, in base 2 too
+    m' = max(m, max_j s)          a = 2^(c (m - m'))
+    total = a total + sum_j 2^(c (s - m'))
+    o = a o + (z 2^(c (s - m'))) v                   z: dropout
+    after the last block   o = o / total,   lse = c m + log2 total, in base 2 too
+
+The weight of a row's maximum is then exactly 1. With 2^(c s - c m), an instruction less, it is off by what
+rounding c m leaves, and 1 in o's product, whose operands are bf16: where two maxima share a row, all the
+ties in the rounding of o go the same way, row by row (docs/stability.md).
 
            keys ->
     q  [M][ ][ ][M]             M: at the window's edge or on the diagonal: masked
@@ -131,13 +135,13 @@ def _attend(
             s = tl.where(
                 seen(positions, first + tl.arange(0, KEYS)[None, :], window, WINDOWED), s, -float("inf")
             )
-        m_next = tl.maximum(m, tl.max(s, 1) * scale2)
+        m_next = tl.maximum(m, tl.max(s, 1))
         if MASKED:  # a row that has seen no key yet: 2^(-inf - 0) = 0, where -inf - -inf would be NaN
             anchor = tl.where(m_next == -float("inf"), 0.0, m_next)
         else:
             anchor = m_next
-        p = tl.exp2(tl.fma(s, scale2, -anchor[:, None]))
-        a = tl.exp2(m - anchor)
+        p = tl.exp2((s - anchor[:, None]) * scale2)
+        a = tl.exp2((m - anchor) * scale2)
         total = tl.fma(total, a, tl.sum(p, 1))
         acc = acc * a[:, None]
         m = m_next
@@ -229,6 +233,7 @@ def _attention_forward(
 
     queries = first_query + tl.arange(0, QUERIES)
     rows = tl.cast(bh, tl.int64) * Tq + queries
+    m *= scale2
     if parts_ptr is not None:  # o: (S, BH, Tq, D); m and total: (2, S, BH, Tq)
         part = tl.cast(tl.program_id(1), tl.int64) * BH * Tq
         store_tile(parts_ptr + (part + bh * Tq) * D, acc, first_query, Tq, D, QUERIES, D, BLOCK_D)
@@ -327,7 +332,7 @@ def attention_forward(
         WINDOWED=windowed,
         num_warps=config.warps,
         num_stages=config.stages,
-        maxnreg=most_registers(q, crowded=seed is not None or Tq <= FEW_QUERIES),
+        maxnreg=most_registers(q, crowded=seed is not None or Tq <= FEW_QUERIES or q.dtype == torch.float32),
     )
     if parts is not None:
         launch(

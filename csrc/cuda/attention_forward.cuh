@@ -2,12 +2,14 @@
 // q, k, v.
 //
 // Query i, at position t(i) = Tk - Tq + i, sees keys t(i) - window < j <= t(i). For a block of queries, going
-// through tiles of N keys from left to right, with scores in base 2, s2 = log2(e) scale q k^T:
+// through tiles of N keys from left to right, with s = q k^T and c = log2(e) scale, so that c s is in base 2:
 //
-//     m' = max(m, max_j s2)         a = 2^(m - m')
-//     total = a total + sum_j 2^(s2 - m')
-//     o = a o + (z 2^(s2 - m')) v                      z: dropout
-//     after the last tile    o = o / total,   lse = m + log2 total, in base 2 too
+//     m' = max(m, max_j s)          a = 2^(c (m - m'))
+//     total = a total + sum_j 2^(c (s - m'))
+//     o = a o + (z 2^(c (s - m'))) v                   z: dropout
+//     after the last tile    o = o / total,   lse = c m + log2 total, in base 2 too
+//
+// The weight of a row's maximum is then exactly 1 (docs/stability.md says what for).
 //
 // Bytes, at least: 2 (2 Tq + 2 Tk) D + 4 Tq a head: q, o, k, v once, lse. Flops: 4 D for each pair seen.
 //
@@ -122,17 +124,17 @@ __global__ void __launch_bounds__(L::kThreads, L::kBlocks)
           for (int n = 0; n < N / 8; ++n) top = fmaxf(top, fmaxf(s[r][n][2 * i], s[r][n][2 * i + 1]));
           top = fmaxf(top, __shfl_xor_sync(kFullWarp, top, 1));
           top = fmaxf(top, __shfl_xor_sync(kFullWarp, top, 2));
-          const float next = fmaxf(m[r][i], top * scale2);
+          const float next = fmaxf(m[r][i], top);
           // A row that has seen no key yet: 2^(-inf - 0) = 0, where -inf - -inf would be NaN.
           const float anchor = next == -INFINITY ? 0.0f : next;
-          const float shrink = ptx::exp2(m[r][i] - anchor);
+          const float shrink = ptx::exp2((m[r][i] - anchor) * scale2);
           m[r][i] = next;
           total[r][i] *= shrink;
 #pragma unroll
           for (int n = 0; n < N / 8; ++n) {
 #pragma unroll
             for (int e = 2 * i; e < 2 * i + 2; ++e) {
-              s[r][n][e] = ptx::exp2(fmaf(s[r][n][e], scale2, -anchor));
+              s[r][n][e] = ptx::exp2((s[r][n][e] - anchor) * scale2);
               total[r][i] += s[r][n][e];  // of this lane's columns
             }
           }
@@ -161,6 +163,7 @@ __global__ void __launch_bounds__(L::kThreads, L::kBlocks)
   for (int r = 0; r < R; ++r) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
+      m[r][i] *= scale2;
       total[r][i] += __shfl_xor_sync(kFullWarp, total[r][i], 1);
       total[r][i] += __shfl_xor_sync(kFullWarp, total[r][i], 2);
     }

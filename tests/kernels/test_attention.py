@@ -41,7 +41,7 @@ MUTANTS = {
         ("dims = column + tl.arange(0, CHUNK)\n", "dims = tl.arange(0, CHUNK)\n"),
     ],
     "kernels/attention.py": [
-        ("a = tl.exp2(m - anchor)\n", "a = tl.exp2(anchor - anchor)\n"),
+        ("a = tl.exp2((m - anchor) * scale2)\n", "a = tl.exp2(anchor - anchor)\n"),
         ("anchor = tl.where(m_next == -float(\"inf\"), 0.0, m_next)\n", "anchor = m_next\n"),
         ("tl.minimum((first_position + 1) // KEYS", "tl.minimum((first_position + 64) // KEYS"),
         ("edge = tl.cdiv(tl.maximum(first_position + QUERIES - window, 0), KEYS) * KEYS\n", "edge = start\n"),

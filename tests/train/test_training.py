@@ -30,7 +30,7 @@ MUTANTS = {
         ("runtime.set_rng_state(mine, self.device)", "pass"),
         ('self.scaler.load_state_dict(saved.state["scaler"])', "pass"),
         ("self.loader.micro_batches(step, ", "self.loader.micro_batches(0, "),
-        ("        self.check_finite()\n        generators", "        generators"),
+        ("        self.check()\n        generators", "        generators"),
         ("self.val_loss = self._sample = None", "self.val_loss = None"),
         ("self.val_loss is not None and self.config.sample_tokens", "self.val_loss is not None"),
         ("        if self._sample is None:", "        if True:"),
