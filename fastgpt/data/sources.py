@@ -91,8 +91,9 @@ def file_source(paths: list[Path], column: str) -> Source:
     A position is a file's number and a row's (in JSON lines: a line's). Null is an empty document. When
     it is read, raises `InputError` for a file that is damaged, has no such column, or holds no text there.
     """
-    root = Path(os.path.commonpath([path.parent.resolve() for path in paths]))
-    paths, fingerprint = in_order(root, [path.resolve() for path in paths])
+    paths = [path.absolute() for path in paths]  # links stay: what they lead to may have no suffix
+    root = Path(os.path.commonpath([path.parent for path in paths]))
+    paths, fingerprint = in_order(root, paths)
     name = root.name if len(paths) > 1 else paths[0].name.split(".")[0]
     for path in paths:
         _damage(path)  # a missing package is said before any work

@@ -198,7 +198,7 @@ def _write_shards(
             write_record(folder, record)
     if progress["shards"] == 1:
         raise _too_short(source, progress["tokens"], record)
-    progress["complete"] = True
+    progress.update(complete=True, position=None, document_tokens=0)
     write_record(folder, record)
 
 
@@ -240,14 +240,15 @@ class _Stream:
     def place(self) -> dict[str, Any]:
         """Where to go on: at which document, and how many of its tokens were taken."""
         document, position, before, _ = self._part
-        return {"documents": document, "position": position, "document_tokens": before}
+        return {"documents": document + 1, "position": position, "document_tokens": before}
 
 
 def _parts(
     source: Source, tokenizer: Tokenizer, progress: dict[str, Any], workers: int
 ) -> Generator[Part, None, None]:
     """The tokens from where `progress` ends."""
-    document, before, done = progress["documents"] - 1, 0, progress["document_tokens"]
+    # The last document that was begun is the first of these.
+    document, before, done = max(progress["documents"] - 1, 0) - 1, 0, progress["document_tokens"]
     for piece, tokens in encode_all(tokenizer, _pieces(source, progress["position"]), workers):
         if piece.begins:
             document, before = document + 1, 0
