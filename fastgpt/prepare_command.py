@@ -101,8 +101,8 @@ def command(args: Sequence[str]) -> None:
 
 def _open(given: PrepareArgs) -> tuple[Corpus | Source, Path]:
     """What to prepare, and where."""
-    from fastgpt.data import data_files, file_source, hub_source, open_corpus, text_source
-    from fastgpt.data.hub import is_hub_name, short_name, subset_of
+    from fastgpt.data import data_files, file_source, hub_source, is_hub_name, open_corpus, text_source
+    from fastgpt.data.hub import short_name, subset_of
     from fastgpt.data.shards import read_record
 
     if is_hub_name(given.corpus):

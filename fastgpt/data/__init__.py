@@ -1,8 +1,8 @@
 """From text to batches: corpora, tokenizers, token shards, and the deterministic loader."""
 
 from fastgpt.data.cache import DownloadError, download
-from fastgpt.data.corpora import CORPORA, Corpus, Document, open_corpus
-from fastgpt.data.hub import hub_source, is_hub_name
+from fastgpt.data.corpora import CORPORA, Corpus, Document, is_hub_name, open_corpus
+from fastgpt.data.hub import hub_source
 from fastgpt.data.loader import IGNORE_INDEX, Batch, Loader, ValidationSet, permute
 from fastgpt.data.prefetch import Prefetcher
 from fastgpt.data.prepare import prepare, prepared

@@ -27,6 +27,7 @@ HUB_CORPORA = {
     "fineweb": "HuggingFaceFW/fineweb",
     "openwebtext": "Skylion007/openwebtext",
 }
+HUB_PREFIX = "hf:"  # of any other data set of the Hugging Face hub: see `hub`
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
@@ -70,7 +71,8 @@ def open_corpus(name_or_path: str | Path) -> Corpus:
     if str(name_or_path) == "pydocs":
         return _pydocs()
     path = Path(name_or_path).expanduser()
-    if str(name_or_path) in HUB_CORPORA or (path.is_file() and path.name.lower().endswith(DATA_SUFFIXES)):
+    data_file = path.is_file() and path.name.lower().endswith(DATA_SUFFIXES)
+    if data_file or is_hub_name(str(name_or_path)):
         raise InputError(
             f"{name_or_path} holds many documents: make token shards of it once with "
             f"`fastgpt prepare {name_or_path} --out FOLDER`, and use FOLDER as the corpus"
@@ -81,12 +83,18 @@ def open_corpus(name_or_path: str | Path) -> Corpus:
         return _files(path.name, path.parent, [path])
     if path.exists():
         raise InputError(f"{path} is neither a file nor a folder: a corpus is text files")
-    close = difflib.get_close_matches(str(name_or_path), CORPORA, n=1)
+    close = difflib.get_close_matches(str(name_or_path), (*CORPORA, *HUB_CORPORA), n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
     raise InputError(
         f"no corpus {str(name_or_path)!r}: {hint}It is {' or '.join(map(repr, CORPORA))}, "
-        "or the path of a text file or a folder of text files, and there is nothing at this path"
+        "or the path of a text file or a folder of text files, and there is nothing at this path. "
+        f"`fastgpt prepare` knows {', '.join(HUB_CORPORA)} and {HUB_PREFIX}OWNER/NAME of the hub too"
     )
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether `name` is one of HUB_CORPORA or hf:OWNER/NAME."""
+    return name in HUB_CORPORA or name.startswith(HUB_PREFIX)
 
 
 def _shakespeare() -> Corpus:

@@ -6,21 +6,15 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from fastgpt.data.corpora import HUB_CORPORA
+from fastgpt.data.corpora import HUB_CORPORA, HUB_PREFIX
 from fastgpt.data.sources import Position, Source, text_of
 from fastgpt.errors import InputError
 
-HUB_PREFIX = "hf:"
 SAMPLE = "10BT"  # of FineWeb and FineWeb-Edu: the lecture's
 # nanoGPT's data/openwebtext/readme.md; samples say it in their names. For the progress bar.
 PUBLISHED_TOKENS = {"Skylion007/openwebtext": 9_040_017_095}
 MARK_DOCUMENTS = 1000  # how often the place in the stream is noted, which takes as long as a short document
 TIMEOUT_SECONDS = 30
-
-
-def is_hub_name(name: str) -> bool:
-    """Whether `name` is one of HUB_CORPORA or hf:OWNER/NAME."""
-    return name in HUB_CORPORA or name.startswith(HUB_PREFIX)
 
 
 def subset_of(name: str, config: str | None, sample: str | None) -> tuple[str, str | None]:

@@ -17,8 +17,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from fastgpt.data import Source, hub, hub_source
-from fastgpt.data.hub import is_hub_name, short_name, subset_of
+from fastgpt.data import Source, hub, hub_source, is_hub_name
+from fastgpt.data.hub import short_name, subset_of
 from fastgpt.errors import InputError
 
 MUTANTS = {

@@ -197,7 +197,7 @@ def test_text_as_a_source(tmp_path: Path) -> None:
     assert (source.size, source.identity["fingerprint"]) == (12, corpus.fingerprint)
 
 
-@pytest.mark.parametrize("name", ["fineweb-edu", "a.jsonl"])
+@pytest.mark.parametrize("name", ["fineweb-edu", "hf:allenai/c4", "a.jsonl"])
 def test_what_is_prepared_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Training on the JSON itself, say, is never what was meant."""
     monkeypatch.chdir(tmp_path)
