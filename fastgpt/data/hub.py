@@ -62,8 +62,6 @@ def hub_source(
 
 def _commit(dataset: str, revision: str | None) -> str:
     """The commit that `revision` is now."""
-    if revision is not None and re.fullmatch("[0-9a-f]{40}", revision):
-        return revision
     try:
         import datasets  # noqa: F401  (used later, and missed now)
         from huggingface_hub import HfApi
@@ -71,6 +69,8 @@ def _commit(dataset: str, revision: str | None) -> str:
         raise InputError(
             f"{dataset} comes through datasets: pip install 'fastgpt[data]', or give local files"
         ) from None
+    if revision is not None and re.fullmatch("[0-9a-f]{40}", revision):
+        return revision
     try:
         info = HfApi().dataset_info(dataset, revision=revision, timeout=TIMEOUT_SECONDS)
     except Exception as error:  # the hub's client raises many unrelated types

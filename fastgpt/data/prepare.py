@@ -18,7 +18,7 @@ import numpy as np
 
 from fastgpt.data.corpora import Corpus, open_corpus
 from fastgpt.data.encode import Piece, cut, encode_all, processes
-from fastgpt.data.shards import SPLITS, ShardWriter, is_token_folder, read_record, write_record
+from fastgpt.data.shards import SHARD_TOKENS, SPLITS, ShardWriter, is_token_folder, read_record, write_record
 from fastgpt.data.tokenizers import CharTokenizer, Tokenizer, make_tokenizer, save_tokenizer
 from fastgpt.errors import InputError
 from fastgpt.files import cache_dir
@@ -47,7 +47,7 @@ def prepare(
     folder: str | Path,
     *,
     val_fraction: float = 0.1,
-    shard_tokens: int = 100_000_000,
+    shard_tokens: int = SHARD_TOKENS,
     workers: int | None = None,
 ) -> Path:
     """Write the tokens of `corpus` as shards, with their tokenizer, into `folder`; return `folder`.

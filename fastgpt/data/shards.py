@@ -28,6 +28,7 @@ VERSION = 1
 HEADER_BYTES = 256 * 4
 TOKEN_BYTES = 2
 SPLITS = ("train", "val")
+SHARD_TOKENS = 100_000_000  # 200 MB, as in llm.c
 RECORD_FILE = "prepared.json"  # beside the shards: what they were made of, and how far that got
 
 logger = logging.getLogger("fastgpt")

@@ -13,12 +13,18 @@ import numpy as np
 
 from fastgpt.data.encode import Piece, cut, encode_all, processes
 from fastgpt.data.prepare import description, separator
-from fastgpt.data.shards import RECORD_FILE, ShardWriter, read_record, read_shard, shard_path, write_record
+from fastgpt.data.shards import (
+    RECORD_FILE,
+    SHARD_TOKENS,
+    ShardWriter,
+    read_record,
+    read_shard,
+    shard_path,
+    write_record,
+)
 from fastgpt.data.sources import Position, Source
 from fastgpt.data.tokenizers import TOKENIZER_FILE, Tokenizer, make_tokenizer, save_tokenizer
 from fastgpt.errors import InputError
-
-SHARD_TOKENS = 100_000_000
 
 logger = logging.getLogger("fastgpt")
 
@@ -214,7 +220,7 @@ def _room(record: dict[str, Any]) -> int:
 def _too_short(source: Source, tokens: int, record: dict[str, Any]) -> InputError:
     return InputError(
         f"{source.name} has {tokens} tokens, and the first {record['val_tokens']} (val_tokens) are for "
-        "validation: nothing is left for training. Use more text, or fewer val_tokens in another folder"
+        "validation: nothing is left for training. Use more text, or fewer val_tokens"
     )
 
 

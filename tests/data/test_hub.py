@@ -164,6 +164,8 @@ def test_without_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(InputError, match=r"a/b comes through datasets: pip install 'fastgpt\[data\]'"):
         hub_source("a/b")
+    with pytest.raises(InputError, match="comes through datasets"):
+        hub_source("a/b", revision=COMMIT)  # of a run that goes on
 
 
 def test_a_network_that_fails_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, the_hub: Hub) -> None:
