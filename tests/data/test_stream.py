@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,6 @@ MUTANTS = {
         ("            write_record(folder, record)\n    if progress", "    if progress"),
         ("if number == 0 and writer.tokens < room:", "if False:"),
         ('    if progress["shards"] == 1:\n', "    if False:\n"),
-        ("            if writer.tokens == 0:\n                break\n", ""),
         ('return int(min(record["shard_tokens"], record', 'return int(max(record["shard_tokens"], record'),
         ("        return start  # killed", "        pass  # killed"),
         ("        if value != settings[name]:", "        if False:"),
@@ -249,6 +248,42 @@ def test_a_kill_between_a_shard_and_its_record(tmp_path: Path, monkeypatch: pyte
         calls.extend([()] * 1000)
         prepare_stream(source_of(TEXTS), "byte", tmp_path / str(stop), **SIZES)
         assert content(tmp_path / str(stop)) == expected
+
+
+def test_killed_again_and_again_in_one_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = sys.modules["fastgpt.data.stream"]
+    texts, sizes = ["ab" * 20, "c" * 7], {"val_tokens": 5, "shard_tokens": 6}
+    expected = content(prepare_stream(source_of(texts), "byte", tmp_path / "whole", **sizes))
+    real, out = stream.write_record, tmp_path / "out"
+
+    def killed_at(shards: int) -> Callable[[Path, dict[str, Any]], None]:
+        def killed(folder: Path, record: dict[str, Any]) -> None:
+            if record["progress"]["shards"] == shards:
+                raise KeyboardInterrupt
+            real(folder, record)
+
+        return killed
+
+    for shards in range(2, len(expected) - 2):  # each run records one shard more than the one before
+        monkeypatch.setattr(stream, "write_record", killed_at(shards))
+        with pytest.raises(KeyboardInterrupt):
+            prepare_stream(source_of(texts), "byte", out, **sizes)
+    monkeypatch.setattr(stream, "write_record", real)
+    prepare_stream(source_of(texts), "byte", out, **sizes)
+    assert content(out) == expected
+
+
+def test_a_record_without_shards_binds_nobody(tmp_path: Path) -> None:
+    """A kill before the first shard leaves it."""
+    record = json.loads(
+        content(prepare_stream(source_of(TEXTS), "byte", tmp_path / "x", **SIZES))["prepared.json"]
+    )
+    record["progress"].update(complete=False, shards=0)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "prepared.json").write_text(json.dumps(record))
+    sizes = {**SIZES, "val_tokens": 99}
+    expected = prepare_stream(source_of(TEXTS), "byte", tmp_path / "whole", **sizes)
+    assert content(prepare_stream(source_of(TEXTS), "byte", tmp_path / "out", **sizes)) == content(expected)
 
 
 def test_processes_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpt2: GPT2Tokenizer) -> None:
