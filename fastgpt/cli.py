@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import tyro
 from tyro.conf import Positional
 
-from fastgpt.config import CONFIG, PRESETS, TokenizerName, TrainConfig, override, preset
+from fastgpt.config import CONFIG, PRESETS, TrainConfig, override, preset
 from fastgpt.errors import InputError, TrainingStopped
 from fastgpt.files import read_text
 from fastgpt.inspect.command import inspect_command
@@ -26,7 +26,7 @@ from fastgpt.inspect.command import inspect_command
 USAGE = f"""\
 fastgpt: train GPT-2 with hand-written kernels
 
-  fastgpt prepare CORPUS --out FOLDER    turn text into token shards
+  fastgpt prepare CORPUS [--out FOLDER]  text, data files or a data set of the hub into token shards
   fastgpt train PRESET [options]         train; presets: {", ".join(PRESETS)}
   fastgpt plan PRESET --gpus 64 --chip h100  memory, exchange and time on GPUs, computed without any
   fastgpt sample RUN --prompt TEXT       write text with a trained model
@@ -52,7 +52,7 @@ def parse(cls: type[T], args: Sequence[str], command: str, default: Any = tyro.M
     )
 
 
-def _program() -> str:
+def program() -> str:
     """How the user called fastgpt, for lines that say what to run next."""
     path = Path(sys.argv[0]).absolute()
     if path.name == "__main__.py":
@@ -60,46 +60,6 @@ def _program() -> str:
     if path.name != "fastgpt" or shutil.which("fastgpt") == str(path):
         return "fastgpt"
     return os.path.relpath(path)
-
-
-# -- prepare -------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class PrepareArgs:
-    """Turn text into token shards in llm.c's format, with the tokenizer beside them."""
-
-    corpus: Positional[str]
-    """`shakespeare`, `pydocs`, a text file or a folder of text files."""
-    out: Path
-    """The folder to write; `fastgpt train --corpus FOLDER` reads it."""
-    tokenizer: TokenizerName = "gpt2"
-    """How text becomes tokens."""
-    val_fraction: float = 0.1
-    """The share at the end of the text that is kept for validation."""
-    shard_tokens: int = 100_000_000
-    """Tokens per file."""
-    workers: int | None = None
-    """Processes for large inputs; by default one per core."""
-
-
-def prepare_command(args: Sequence[str]) -> None:
-    from fastgpt.data import TokenDataset, open_corpus, prepare
-
-    given = parse(PrepareArgs, args, "prepare")
-    folder = prepare(
-        open_corpus(given.corpus),
-        given.tokenizer,
-        given.out,
-        val_fraction=given.val_fraction,
-        shard_tokens=given.shard_tokens,
-        workers=given.workers,
-    )
-    data = TokenDataset.open(folder)
-    train, val = (sum(map(len, shards)) for shards in (data.train, data.val))
-    vocab_size = data.tokenizer.vocab_size
-    print(f"{folder}: {train:,} training and {val:,} validation tokens, {vocab_size} in the vocabulary")
-    print(f"try: {_program()} train char-cpu --corpus {folder}")
 
 
 # -- train ---------------------------------------------------------------------------------------------------
@@ -132,11 +92,11 @@ def train_command(args: Sequence[str]) -> None:
     best = checkpoint.best(trainer.out_dir)
     if trainer.steps_done < config.max_steps:
         print(f"interrupted after step {trainer.steps_done}: checkpoint written")
-        print(f"try: {_program()} train --resume --out-dir {trainer.out_dir}")
+        print(f"try: {program()} train --resume --out-dir {trainer.out_dir}")
         return
     print(f"best checkpoint: {best} (validation loss {trainer.best_val_loss:.4f})")
     print(f"loss curve:      {trainer.out_dir / 'loss.png'}")
-    print(f"try:             {_program()} sample {trainer.out_dir} --prompt 'The ' --num-samples 3")
+    print(f"try:             {program()} sample {trainer.out_dir} --prompt 'The ' --num-samples 3")
 
 
 def _train_config(args: Sequence[str]) -> tuple[str, TrainConfig]:
@@ -275,6 +235,12 @@ def _prompt(given: SampleArgs) -> str:
 
 
 # -- commands in files of their own --------------------------------------------------------------------------
+
+
+def prepare_command(args: Sequence[str]) -> None:
+    from fastgpt.prepare_command import command
+
+    command(args)
 
 
 def eval_command(args: Sequence[str]) -> None:

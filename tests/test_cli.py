@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fastgpt import checkpoint
-from fastgpt.cli import COMMANDS, _program, main
+from fastgpt.cli import COMMANDS, main, program
 from fastgpt.config import PRESETS, TrainConfig
 from fastgpt.train import train
 
@@ -92,7 +92,7 @@ def test_what_to_try_can_be_pasted(
 ) -> None:
     monkeypatch.setattr("sys.argv", [called])
     monkeypatch.setattr("shutil.which", lambda _: on_path)
-    assert _program() == expected
+    assert program() == expected
 
 
 def test_sampling(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

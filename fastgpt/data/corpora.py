@@ -20,6 +20,14 @@ TEXT_SUFFIXES = (
     *(".txt", ".text", ".md", ".rst", ".tex", ".org", ".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp"),
     *(".cu", ".cuh", ".rs", ".go", ".java", ".js", ".ts", ".sh"),
 )
+# Files of many documents, which are streamed into shards once: see `sources`.
+DATA_SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst")
+HUB_CORPORA = {
+    "fineweb-edu": "HuggingFaceFW/fineweb-edu",
+    "fineweb": "HuggingFaceFW/fineweb",
+    "openwebtext": "Skylion007/openwebtext",
+}
+HUB_PREFIX = "hf:"  # of any other data set of the Hugging Face hub: see `hub`
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
@@ -63,18 +71,30 @@ def open_corpus(name_or_path: str | Path) -> Corpus:
     if str(name_or_path) == "pydocs":
         return _pydocs()
     path = Path(name_or_path).expanduser()
+    data_file = path.is_file() and path.name.lower().endswith(DATA_SUFFIXES)
+    if data_file or is_hub_name(str(name_or_path)):
+        raise InputError(
+            f"{name_or_path} holds many documents: make token shards of it once with "
+            f"`fastgpt prepare {name_or_path} --out FOLDER`, and use FOLDER as the corpus"
+        )
     if path.is_dir():
         return _folder(path)
     if path.is_file():
         return _files(path.name, path.parent, [path])
     if path.exists():
         raise InputError(f"{path} is neither a file nor a folder: a corpus is text files")
-    close = difflib.get_close_matches(str(name_or_path), CORPORA, n=1)
+    close = difflib.get_close_matches(str(name_or_path), (*CORPORA, *HUB_CORPORA), n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
     raise InputError(
         f"no corpus {str(name_or_path)!r}: {hint}It is {' or '.join(map(repr, CORPORA))}, "
-        "or the path of a text file or a folder of text files, and there is nothing at this path"
+        "or the path of a text file or a folder of text files, and there is nothing at this path. "
+        f"`fastgpt prepare` knows {', '.join(HUB_CORPORA)} and {HUB_PREFIX}OWNER/NAME of the hub too"
     )
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether `name` is one of HUB_CORPORA or hf:OWNER/NAME."""
+    return name in HUB_CORPORA or name.startswith(HUB_PREFIX)
 
 
 def _shakespeare() -> Corpus:
@@ -100,14 +120,30 @@ def _pydocs() -> Corpus:
     return Corpus("pydocs", documents, digest.hexdigest())
 
 
-def _folder(folder: Path) -> Corpus:
+def files_below(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    """The files in a folder and below with one of these suffixes; hidden files and folders are skipped."""
     paths = []
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
             path = Path(parent, name)
-            if not name.startswith(".") and path.suffix.lower() in TEXT_SUFFIXES and path.is_file():
+            if not name.startswith(".") and name.lower().endswith(suffixes) and path.is_file():
                 paths.append(path)
+    return paths
+
+
+def in_order(root: Path, paths: list[Path]) -> tuple[list[Path], str]:
+    """The files below `root` in order, and a fingerprint of their names, sizes and times of change."""
+    digest = hashlib.sha256()
+    paths = sorted(paths, key=lambda path: path.relative_to(root).as_posix())
+    for path in paths:
+        relative, status = path.relative_to(root).as_posix(), path.stat()
+        digest.update(os.fsencode(f"{relative}\0{status.st_size}\0{status.st_mtime_ns}\n"))
+    return paths, digest.hexdigest()
+
+
+def _folder(folder: Path) -> Corpus:
+    paths = files_below(folder, TEXT_SUFFIXES)
     if not paths:
         raise InputError(
             f"no text in the folder {folder}: only {' '.join(TEXT_SUFFIXES)} files count; "
@@ -117,14 +153,13 @@ def _folder(folder: Path) -> Corpus:
 
 
 def _files(name: str, root: Path, paths: list[Path]) -> Corpus:
-    """The corpus of files below `root`; names, sizes and times of change make its fingerprint."""
+    """The corpus of files below `root`, a document each."""
+    paths, fingerprint = in_order(root, paths)
     documents = []
-    digest = hashlib.sha256()
-    for path in sorted(paths, key=lambda path: path.relative_to(root).as_posix()):
-        relative, status = path.relative_to(root).as_posix(), path.stat()
-        digest.update(os.fsencode(f"{relative}\0{status.st_size}\0{status.st_mtime_ns}\n"))
-        documents.append(Document(relative, status.st_size, functools.partial(_read_text, path)))
-    corpus = Corpus(name, documents, digest.hexdigest())
+    for path in paths:
+        relative, size = path.relative_to(root).as_posix(), path.stat().st_size
+        documents.append(Document(relative, size, functools.partial(_read_text, path)))
+    corpus = Corpus(name, documents, fingerprint)
     if corpus.size == 0:
         raise InputError(f"no text in {root / paths[0].name if len(paths) == 1 else root}: empty")
     return corpus

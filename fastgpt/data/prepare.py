@@ -17,16 +17,13 @@ from typing import Any
 import numpy as np
 
 from fastgpt.data.corpora import Corpus, open_corpus
-from fastgpt.data.encode import Piece, cpus, cut, encode_all
-from fastgpt.data.shards import SPLITS, ShardWriter, is_token_folder
-from fastgpt.data.tokenizers import CharTokenizer, GPT2Tokenizer, Tokenizer, make_tokenizer, save_tokenizer
+from fastgpt.data.encode import Piece, cut, encode_all, processes
+from fastgpt.data.shards import SHARD_TOKENS, SPLITS, ShardWriter, is_token_folder, read_record, write_record
+from fastgpt.data.tokenizers import CharTokenizer, Tokenizer, make_tokenizer, save_tokenizer
 from fastgpt.errors import InputError
-from fastgpt.files import atomic_write, cache_dir
+from fastgpt.files import cache_dir
 
-# Fewer bytes are tokenized sooner than processes start (each imports torch along with this package).
-POOL_BYTES = 32 << 20
 LEFTOVER_SECONDS = 24 * 3600
-RECORD_FILE = "prepared.json"
 
 
 def prepared(name_or_path: str | Path, tokenizer: str | Tokenizer, *, val_fraction: float = 0.1) -> Path:
@@ -38,7 +35,7 @@ def prepared(name_or_path: str | Path, tokenizer: str | Tokenizer, *, val_fracti
         return Path(name_or_path)
     corpus = open_corpus(name_or_path)
     kind = tokenizer if isinstance(tokenizer, str) else tokenizer.name
-    request = json.dumps([corpus.name, corpus.fingerprint, _description(tokenizer), val_fraction])
+    request = json.dumps([corpus.name, corpus.fingerprint, description(tokenizer), val_fraction])
     name = re.sub(r"[^\w.-]+", "_", corpus.name)[:40]
     folder = f"{name}-{kind}-{hashlib.sha256(request.encode()).hexdigest()[:12]}"
     return prepare(corpus, tokenizer, cache_dir() / "tokens" / folder, val_fraction=val_fraction)
@@ -50,7 +47,7 @@ def prepare(
     folder: str | Path,
     *,
     val_fraction: float = 0.1,
-    shard_tokens: int = 100_000_000,
+    shard_tokens: int = SHARD_TOKENS,
     workers: int | None = None,
 ) -> Path:
     """Write the tokens of `corpus` as shards, with their tokenizer, into `folder`; return `folder`.
@@ -66,12 +63,10 @@ def prepare(
     folder = Path(folder)
     if not 0 < val_fraction < 1:
         raise InputError(f"val_fraction is {val_fraction}: expected more than 0 and less than 1")
-    if workers is not None and workers < 1:
-        raise InputError(f"workers is {workers}: expected at least 1, or none for as many as there are CPUs")
     record = {
         "corpus": corpus.name,
         "fingerprint": corpus.fingerprint,
-        "tokenizer": _description(tokenizer),
+        "tokenizer": description(tokenizer),
         "val_fraction": val_fraction,
         "shard_tokens": shard_tokens,
     }
@@ -87,8 +82,7 @@ def prepare(
             building.mkdir()
             _write_shards(corpus, tokenizer, building, val_fraction, shard_tokens, workers)
             save_tokenizer(tokenizer, building)
-            with atomic_write(building / RECORD_FILE) as path:
-                path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            write_record(building, record)
             _move(building, folder, record)
         finally:
             shutil.rmtree(building, ignore_errors=True)
@@ -97,7 +91,7 @@ def prepare(
     return folder
 
 
-def _description(tokenizer: str | Tokenizer) -> str | dict[str, Any]:
+def description(tokenizer: str | Tokenizer) -> str | dict[str, Any]:
     """What the tokens depend on: the name, and the vocabulary where it is not always the same."""
     if isinstance(tokenizer, str):
         return tokenizer
@@ -106,11 +100,8 @@ def _description(tokenizer: str | Tokenizer) -> str | dict[str, Any]:
 
 def _holds(folder: Path, record: dict[str, Any]) -> bool:
     """Whether `folder` is the result for `record`; `InputError` if it holds anything else."""
-    try:
-        if json.loads((folder / RECORD_FILE).read_text(encoding="utf-8")) == record:
-            return True
-    except (OSError, ValueError):
-        pass
+    if read_record(folder) == record:
+        return True
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise InputError(
             f"{folder} exists and holds something else than these tokens: remove it, or name another folder"
@@ -156,9 +147,7 @@ def _write_shards(
     from tqdm import tqdm
 
     tokenizer.encode("")  # what the tokenizer lacks is said here once, and not by every process
-    # Characters and bytes are encoded about as fast as they could be handed to other processes.
-    alone = corpus.size < POOL_BYTES or not isinstance(tokenizer, GPT2Tokenizer)
-    workers = 1 if alone else workers or cpus()
+    workers = processes(tokenizer, corpus.size, workers)
     with ExitStack() as stack:
         bar = stack.enter_context(
             tqdm(
@@ -172,9 +161,9 @@ def _write_shards(
         )
         writers = {split: stack.enter_context(ShardWriter(folder, split, shard_tokens)) for split in SPLITS}
         for piece, tokens in encode_all(tokenizer, _pieces(corpus, val_fraction), workers):
-            writer = writers[piece.split]
+            writer = writers[piece.place]
             if piece.begins:
-                writer.write(_separator(tokenizer, first=writer.tokens == 0))
+                writer.write(separator(tokenizer, first=writer.tokens == 0))
             writer.write(tokens)
             bar.update(len(piece.text.encode()))
         for split, writer in writers.items():
@@ -185,8 +174,8 @@ def _write_shards(
                 )
 
 
-def _separator(tokenizer: Tokenizer, *, first: bool) -> np.ndarray:
-    """What stands before a document in its split."""
+def separator(tokenizer: Tokenizer, *, first: bool) -> np.ndarray:
+    """What stands before a document; `first`: of its split or stream."""
     if tokenizer.eot is not None:
         return np.array([tokenizer.eot], dtype=np.uint16)
     return tokenizer.encode("" if first else "\n")

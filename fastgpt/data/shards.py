@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -28,6 +28,8 @@ VERSION = 1
 HEADER_BYTES = 256 * 4
 TOKEN_BYTES = 2
 SPLITS = ("train", "val")
+SHARD_TOKENS = 100_000_000  # 200 MB, as in llm.c
+RECORD_FILE = "prepared.json"  # beside the shards: what they were made of, and how far that got
 
 logger = logging.getLogger("fastgpt")
 
@@ -35,18 +37,19 @@ logger = logging.getLogger("fastgpt")
 class ShardWriter:
     """Writes `folder/{split}_000000.bin`, `_000001.bin`, ... of at most `shard_tokens` tokens each.
 
+    The numbers begin with `first_shard`.
     A file has its name only when it is complete. As a context manager it closes at the end, or drops the
     unfinished file on an exception.
     """
 
-    def __init__(self, folder: str | Path, split: str, shard_tokens: int) -> None:
+    def __init__(self, folder: str | Path, split: str, shard_tokens: int, first_shard: int = 0) -> None:
         if not 0 < shard_tokens < 1 << 31:
             raise InputError(f"shard_tokens is {shard_tokens}: a shard holds 1 to 2^31 - 1 tokens")
         self.folder = Path(folder)
         self.split = split
         self.shard_tokens = shard_tokens
         self.tokens = 0  # written so far, in all files
-        self._shards = 0
+        self._shards = first_shard
         self._in_shard = 0
         self._file: BinaryIO | None = None
         self._stack = ExitStack()
@@ -75,7 +78,8 @@ class ShardWriter:
         self._stack.close()
 
     def _open(self) -> BinaryIO:
-        path = self._stack.enter_context(atomic_write(self.folder / f"{self.split}_{self._shards:06d}.bin"))
+        target = shard_path(self.folder, self.split, self._shards)
+        path = self._stack.enter_context(atomic_write(target))
         self._file = self._stack.enter_context(path.open("wb"))
         self._file.write(_header(0))  # the count is known at the end
         self._shards += 1
@@ -92,6 +96,11 @@ class ShardWriter:
             self.close()
         else:
             self._stack.__exit__(kind, error, trace)
+
+
+def shard_path(folder: Path, split: str, number: int) -> Path:
+    """Where `ShardWriter` puts a shard."""
+    return folder / f"{split}_{number:06d}.bin"
 
 
 def _header(tokens: int) -> bytes:
@@ -148,6 +157,21 @@ def is_token_folder(path: str | Path) -> bool:
     return Path(path).is_dir() and any(find_shards(path, split) for split in SPLITS)
 
 
+def read_record(folder: Path) -> dict[str, Any]:
+    """What `prepare` or `prepare_stream` wrote into `folder` beside the shards; {} for nothing."""
+    try:
+        record = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def write_record(folder: Path, record: dict[str, Any]) -> None:
+    """Write what `read_record` reads."""
+    with atomic_write(folder / RECORD_FILE) as path:
+        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
 @dataclass(frozen=True)
 class TokenDataset:
     """A folder of tokens: the shards of each split (uint16, memory-mapped) and what they mean.
@@ -166,9 +190,16 @@ class TokenDataset:
     def open(cls, folder: str | Path) -> TokenDataset:
         """Open a folder made by `fastgpt prepare`, llm.c, modded-nanogpt or nanoGPT's GPT-2 scripts.
 
-        Raises `InputError` for a missing split, a broken shard, or a vocabulary that only a pickle has.
+        Raises `InputError` for a missing split, a broken shard, an unfinished preparation, or a vocabulary
+        that only a pickle has.
         """
         folder = Path(folder)
+        progress = read_record(folder).get("progress", {"complete": True})
+        if not progress["complete"]:
+            raise InputError(
+                f"the tokens in {folder} are unfinished, with {progress['shards']} shards complete: run the "
+                "`fastgpt prepare` command that began them again, and it goes on"
+            )
         paths = {split: find_shards(folder, split) for split in SPLITS}
         for split, found in paths.items():
             if not found:

@@ -76,7 +76,7 @@ from fastgpt.data import ByteTokenizer
 from fastgpt.data.encode import Piece, encode_all
 
 if __name__ == "__main__":
-    stream = encode_all(ByteTokenizer(), (Piece("train", "text", True) for _ in iter(int, 1)), 2)
+    stream = encode_all(ByteTokenizer(), (Piece("train", "text " * 60_000, True) for _ in iter(int, 1)), 2)
     next(stream)
     print(*[process.pid for process in multiprocessing.active_children()], flush=True)
     os.kill(os.getpid(), signal.SIGKILL)

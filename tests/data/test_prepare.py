@@ -94,7 +94,7 @@ def test_the_split_loses_nothing_and_is_where_it_should_be(texts: list[str], val
     corpus = corpus_of(*texts)
     train, val = "", ""
     for piece in prepare_module._pieces(corpus, val_fraction):
-        if piece.split == "train":
+        if piece.place == "train":
             assert not val
             train += piece.text
         else:
@@ -119,7 +119,7 @@ def test_pieces_and_shards_do_not_show(
 def test_processes_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpt2: GPT2Tokenizer) -> None:
     corpus = corpus_of(TEXT, TEXT[:100])
     prepare(corpus, "gpt2", tmp_path / "one", workers=1)
-    monkeypatch.setattr(prepare_module, "POOL_BYTES", 1)
+    monkeypatch.setattr(encode, "POOL_BYTES", 1)
     monkeypatch.setattr(encode.cut, "__defaults__", (500,))
     prepare(corpus, "gpt2", tmp_path / "two", workers=2)
     for path in (tmp_path / "one").iterdir():
