@@ -39,8 +39,8 @@ class GPTConfig:
     bias: bool = True
     """Whether linear layers and LayerNorms have a bias, as in GPT-2."""
     activation: Activation = "gelu_tanh"
-    """GPT-2 has gelu_tanh, nanoGPT gelu_erf, the first lecture relu. relu2 is relu squared; swiglu has a gate,
-    a third matrix, and is two thirds as wide, so that an MLP's parameters stay as many."""
+    """GPT-2 has gelu_tanh, nanoGPT gelu_erf, the first lecture relu. relu2 is relu squared; swiglu has
+    a gate, a third matrix, and is two thirds as wide, so that an MLP's parameters stay as many."""
     tied_head: bool = True
     """Whether the classifier's weights are the token embedding's, as in GPT-2; else it has its own."""
     position: Position = "learned"
