@@ -314,8 +314,23 @@ def _gpt2(
     )
 
 
+def _modern(config: TrainConfig, muon_learning_rate: float | None = None) -> TrainConfig:
+    """The same budget with what came after GPT-2: docs/modern.md measures what each change is worth."""
+    model = dataclasses.replace(
+        config.model,
+        position="rope",
+        norm="rms_norm",
+        qk_norm=True,
+        activation="relu2",
+        bias=False,
+        tied_head=False,
+    )
+    return dataclasses.replace(config, model=model, optimizer="muon", muon_learning_rate=muon_learning_rate)
+
+
 PRESETS: dict[str, TrainConfig] = {
     "char-cpu": _CHAR_CPU,
+    "modern-cpu": _modern(_CHAR_CPU),
     "char": _CHAR,
     "gpt2": _gpt2(12, 12, 768, 6e-4),
     "gpt2-medium": _gpt2(24, 16, 1024, 3e-4),
@@ -326,6 +341,7 @@ PRESETS: dict[str, TrainConfig] = {
     "gpt2-350m": _gpt2(24, 16, 1024, 3e-4, micro_batch_size=32),
     "gpt2-774m": _gpt2(36, 20, 1280, 2.5e-4, micro_batch_size=16),
     "gpt2-1.5b": _gpt2(48, 25, 1600, 2e-4, micro_batch_size=8),
+    "modern": _modern(_gpt2(12, 12, 768, 6e-4, micro_batch_size=64)),
 }
 
 

@@ -297,7 +297,7 @@ class GPT(nn.Module):
             x = ops.embedding(idx, self.token_embedding, self.transformer.wpe.weight, start=start)
         else:
             x = F.embedding(idx, self.token_embedding)
-            rotation = Rotation.at(start, idx.size(1), self.config.head_size, like=x)
+            rotation = Rotation(start, idx.size(1), self.config.head_size, like=x)
         x = F.dropout(x, dropout)  # (B, T, C)
         branch: Tensor | None = None
         for block in self.transformer.h:

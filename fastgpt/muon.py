@@ -48,7 +48,7 @@ _PACKED = {"attn.c_attn.weight": 3}  # matrices that lie one above another in a 
 
 
 def orthogonal(u: Tensor) -> Tensor:
-    """Matrices (..., rows, columns) with singular values near 1; in bf16 on a GPU, at least fp32 elsewhere."""
+    """Matrices (..., rows, columns) with singular values near 1; bf16 on a GPU, elsewhere at least fp32."""
     x = u.bfloat16() if u.is_cuda else u.to(torch.promote_types(u.dtype, torch.float32))
     tall = x.size(-2) > x.size(-1)
     x = x.mT if tall else x  # so that A is the smaller of X X^T and X^T X

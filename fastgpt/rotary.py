@@ -14,40 +14,34 @@ neighbours (2i, 2i + 1); pairing halves, as GPT-NeoX does, only renames the chan
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 BASE = 10000.0
 
 
-@dataclass(frozen=True)
 class Rotation:
-    """The turns of T positions; called with (B, T, H, D), it returns that turned, in the same dtype.
+    """The turns of positions start .. start + length - 1; calling it turns (B, T, H, D), in the same dtype.
 
-    FSDP's mixed precision rounds the floating point tensors that a block is called with: the tables are not
-    among them while they are inside an object of this class.
+    The tables are at least fp32 and computed anew in each forward pass: buffers would be rounded with the
+    weights by `model.bfloat16()`. FSDP's mixed precision rounds the tensors that a block is called with, those
+    in tuples and dataclasses too, so they are passed inside an object of a class that is neither.
+
+    Args:
+        start: the first position.
+        length: how many, T.
+        head_size: D, even.
+        like: a tensor of the network's device and dtype.
     """
 
-    cos: Tensor
-    """(T, 1, D/2), fp32, or float64 for a float64 network."""
-    sin: Tensor
+    def __init__(self, start: int, length: int, head_size: int, like: Tensor) -> None:
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        channels = torch.arange(0, head_size, 2, device=like.device, dtype=dtype)
+        positions = torch.arange(start, start + length, device=like.device, dtype=dtype)
+        angles = positions[:, None, None] * BASE ** (-channels / head_size)  # (T, 1, D/2)
+        self.cos, self.sin = angles.cos(), angles.sin()
 
     def __call__(self, x: Tensor) -> Tensor:
         first, second = x.chunk(2, dim=-1)  # (B, T, H, D/2) each
         turned = (first * self.cos - second * self.sin, second * self.cos + first * self.sin)
         return torch.cat(turned, dim=-1).to(x.dtype)
-
-    @classmethod
-    def at(cls, start: int, length: int, head_size: int, like: Tensor) -> Rotation:
-        """The turns of positions start .. start + length - 1, on the device of `like`.
-
-        They are computed anew in each forward pass: buffers would be rounded with the weights by
-        `model.bfloat16()`.
-        """
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        channels = torch.arange(0, head_size, 2, device=like.device, dtype=dtype)
-        positions = torch.arange(start, start + length, device=like.device, dtype=dtype)
-        angles = positions[:, None, None] * BASE ** (-channels / head_size)  # (T, 1, D/2)
-        return cls(angles.cos(), angles.sin())
