@@ -1,8 +1,8 @@
 """`fastgpt bench modern`: what came after GPT-2, one change at a time, by what a small budget buys.
 
 Every run has the budget of the preset char-cpu (its network, batch and schedule, fewer steps), and its loss
-is that over the whole validation split. Runs go seed by seed, a row is written after each, and rows that are in
-the file are not run again: what is cut off goes on with the same command.
+is that over the whole validation split. Runs go seed by seed, a row is written after each, and rows that are
+in the file are not run again: what is cut off goes on with the same command.
 
 `--tune` compares learning rates without the validation split: the training split's last tenth judges.
 """
@@ -206,7 +206,9 @@ def table(rows: Sequence[dict[str, str]]) -> str:
         losses = [float(run["loss"]) for run in runs]
         gains = [float(run["loss"]) - base[run["seed"]] for run in runs if run["seed"] in base]
         times = [float(run["ms_per_step"]) for run in runs if run["ms_per_step"]]
-        against = f"{statistics.mean(gains):+.3f} ± {_spread(gains)}" if gains and variant != BASELINE else ""
+        against = ""
+        if gains and variant != BASELINE:
+            against = f"{statistics.mean(gains):+.3f}" + (f" ± {_spread(gains)}" if len(gains) > 1 else "")
         lines.append(
             f"| {variant} | {int(runs[0]['parameters']):,} | {runs[0]['mflops_per_token']} | "
             f"{statistics.mean(losses):.3f} | {_spread(losses)} | {against} | "

@@ -24,8 +24,8 @@ class Rotation:
     """The turns of positions start .. start + length - 1; calling it turns (B, T, H, D), in the same dtype.
 
     The tables are at least fp32 and computed anew in each forward pass: buffers would be rounded with the
-    weights by `model.bfloat16()`. FSDP's mixed precision rounds the tensors that a block is called with, those
-    in tuples and dataclasses too, so they are passed inside an object of a class that is neither.
+    weights by `model.bfloat16()`. FSDP's mixed precision rounds the tensors that a block is called with, in
+    tuples and dataclasses too, which is why this is neither.
 
     Args:
         start: the first position.

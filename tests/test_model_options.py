@@ -10,19 +10,16 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from train.ranks import each_rank
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from weights import sharp
 
 from fastgpt import GPT, GPTConfig
 from fastgpt.config import PRESETS
-from fastgpt.distributed import joined
 from fastgpt.errors import InputError
 from fastgpt.generate import generate
 from fastgpt.model import KVCache
 from fastgpt.rotary import BASE, Rotation
-from fastgpt.sharding import arranged
 
 MUTANTS = {
     "fastgpt/rotary.py": [
@@ -262,27 +259,6 @@ def test_autocast_needs_no_slow_path() -> None:
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
     exact = model.double()(tokens(), tokens(seed=1))[1]
     assert loss.item() == pytest.approx(exact.item(), rel=0.02)
-
-
-def test_split_over_ranks_in_bf16_rotations_stay_fp32() -> None:
-    """FSDP rounds the tensors that a block is called with."""
-
-    def dtypes() -> tuple[torch.dtype, torch.dtype, float]:
-        with joined("cpu", 1) as world:
-            model = model_with(OPTIONS[-2], torch.float32).train()
-            seen: list[tuple[torch.dtype, torch.dtype]] = []
-            model.transformer.h[0].attn.register_forward_pre_hook(
-                lambda _, args: seen.append((args[0].dtype, args[1].cos.dtype))
-            )
-            network = arranged(model, world, "fsdp", "bf16")
-            loss = network(tokens(), tokens(seed=1), return_logits=False)[1]
-            loss.backward()
-            return *seen[0], loss.item()
-
-    expected = model_with(OPTIONS[-2])(tokens(), tokens(seed=1))[1].item()
-    for x, cos, loss in each_rank(2, dtypes):
-        assert (x, cos) == (torch.bfloat16, torch.float32)
-        assert loss == pytest.approx(expected, rel=0.02)
 
 
 # -- sizes ---------------------------------------------------------------------------------------------------

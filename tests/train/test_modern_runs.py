@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 from ranks import each_rank
-from runs import assert_same_state, last, logged, start
-from test_speed import Transfers
+from runs import Transfers, assert_same_state, last, logged, start
 
+from fastgpt import GPT, checkpoint
 from fastgpt.config import TrainConfig, override
+from fastgpt.distributed import joined
 from fastgpt.errors import InputError
 from fastgpt.pretrained import model_from, read_pretrained
+from fastgpt.sharding import arranged
 from fastgpt.train import train
 
 MUTANTS = {
@@ -87,6 +90,31 @@ def test_two_ranks_train_as_one_process_does(modern: Tiny, tmp_path: Path) -> No
         np.testing.assert_allclose(first[name], weight.numpy(), rtol=1e-3, atol=1e-5, err_msg=name)
 
 
+def test_split_over_ranks_in_bf16_rotations_stay_fp32(tiny: Tiny) -> None:
+    """FSDP rounds the tensors that a block is called with."""
+    config = override(tiny(), {**MODERN, "dropout": 0.0, "vocab_size": 65}, source="test").model
+    idx = torch.randint(65, (2, 16), generator=torch.Generator().manual_seed(0))
+
+    def model() -> GPT:
+        torch.manual_seed(0)
+        return GPT(config)
+
+    def dtypes() -> tuple[torch.dtype, torch.dtype, float]:
+        with joined("cpu", 1) as world:
+            network, seen = model(), []
+            network.transformer.h[0].attn.register_forward_pre_hook(
+                lambda _, args: seen.append((args[0].dtype, args[1].cos.dtype))
+            )
+            loss = arranged(network, world, "fsdp", "bf16")(idx, idx, return_logits=False)[1]
+            loss.backward()
+            return *seen[0], loss.item()
+
+    expected = model()(idx, idx)[1].item()
+    for x, cos, loss in each_rank(2, dtypes):
+        assert (x, cos) == (torch.bfloat16, torch.float32)
+        assert loss == pytest.approx(expected, rel=0.02)
+
+
 def test_a_step_reads_nothing_back_from_the_device(modern: Tiny) -> None:
     trainer = start(modern())
     with Transfers() as transfers:
@@ -135,10 +163,6 @@ def test_bad_values_are_refused(tiny: Tiny, changes: dict[str, object], message:
 def test_checkpoints_from_before_the_option_resume(tiny: Tiny) -> None:
     config = tiny(max_steps=2)
     train(config)
-    import json
-
-    from fastgpt import checkpoint
-
     path = checkpoint.find(config.out_dir, "last")
     for name, gone in (("state.json", ["optimizer"]), ("config.json", ["position", "norm", "qk_norm"])):
         values = json.loads((path / name).read_text())
