@@ -15,7 +15,7 @@ from fastgpt.errors import InputError, TrainingStopped
 from fastgpt.train import Trainer
 
 MUTANTS = {
-    "benchmarks/modern.py": [
+    "fastgpt/benchmarks/modern.py": [
         ("if _key(key) not in done:", "if True:"),
         ("text[: int(len(text) * share)]", "text"),
         ('float(run["loss"]) - base[run["seed"]]', 'float(run["loss"])'),
