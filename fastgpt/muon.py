@@ -180,4 +180,4 @@ def muon(model: nn.Module, config: TrainConfig) -> Joined:
     peak = config.muon_learning_rate or config.learning_rate
     groups = [{"params": params, "parts": count, "initial_lr": peak} for count, params in matrices.items()]
     hidden = Muon(groups, lr=peak, weight_decay=config.weight_decay)
-    return Joined(adamw_of(others, config, clip=False), hidden)
+    return Joined(adamw_of(others, config), hidden)  # of gradients clipped together no part is clipped again

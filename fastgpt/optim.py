@@ -300,10 +300,8 @@ def adamw(model: nn.Module, config: TrainConfig) -> AdamW | torch.optim.AdamW:
     return adamw_of(list(model.parameters()), config)
 
 
-def adamw_of(
-    params: list[nn.Parameter], config: TrainConfig, *, clip: bool = True
-) -> AdamW | torch.optim.AdamW:
-    """`adamw` for some parameters of a model. Without `clip` the class above leaves gradients as they are."""
+def adamw_of(params: list[nn.Parameter], config: TrainConfig) -> AdamW | torch.optim.AdamW:
+    """`adamw` for some of the parameters of a model."""
     decay = [p for p in params if p.dim() >= 2]
     keep = [p for p in params if p.dim() < 2]
     groups: list[dict[str, Any]] = [
@@ -316,7 +314,7 @@ def adamw_of(
     elements = sum(p.numel() for p in params)
     kernel = select("adamw_", None, decay[0], elements=elements) is not reference
     if kernel or any(p.dtype != torch.float32 for p in params):
-        return AdamW(groups, max_grad_norm=(config.grad_clip or math.inf) if clip else None, **options)
+        return AdamW(groups, max_grad_norm=config.grad_clip or math.inf, **options)
     return torch.optim.AdamW(groups, fused=True, **options)
 
 

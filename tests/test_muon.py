@@ -30,8 +30,7 @@ MUTANTS = {
         ("dim=(-2, -1), keepdim=True", "keepdim=True"),
         ("part.state = self.state", "pass"),
         ("if number in ids}", "if number not in ids}"),
-        ('"initial_lr": peak}', '"initial_lr": config.learning_rate}'),
-        ("config, clip=False)", "config)"),
+        ('"initial_lr": peak}', '"initial_lr": 1.0}', "tests/train/test_modern_runs.py -k exact"),
     ],
 }
 

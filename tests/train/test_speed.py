@@ -38,7 +38,7 @@ MUTANTS = {
         ('self.recompute_blocks = what == "block"', "self.recompute_blocks = False"),
         ('module.recompute = what == "gelu"', "module.recompute = False"),
     ],
-    "fastgpt/optim.py": [("max_grad_norm=(config.grad_clip or math.inf) if clip else None, ", "")],
+    "fastgpt/optim.py": [("max_grad_norm=config.grad_clip or math.inf, **options)", "**options)")],
     "fastgpt/runtime.py": [("    gc.disable()\n", "")],
 }
 
