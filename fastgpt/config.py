@@ -330,7 +330,7 @@ def _modern(config: TrainConfig, muon_learning_rate: float | None = None) -> Tra
 
 PRESETS: dict[str, TrainConfig] = {
     "char-cpu": _CHAR_CPU,
-    "modern-cpu": _modern(_CHAR_CPU),
+    "modern-cpu": _modern(_CHAR_CPU, 1.6e-2),  # chosen on the training split: docs/modern.md
     "char": _CHAR,
     "gpt2": _gpt2(12, 12, 768, 6e-4),
     "gpt2-medium": _gpt2(24, 16, 1024, 3e-4),

@@ -72,7 +72,11 @@ def test_seed_by_seed_and_never_twice(
 
 
 def test_learning_rates_are_compared_on_the_training_split(
-    runs: list[TrainConfig], tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+    runs: list[TrainConfig],
+    tmp_path: Path,
+    text_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     texts: list[str] = []
     run = modern._run
@@ -92,6 +96,7 @@ def test_learning_rates_are_compared_on_the_training_split(
     assert tuned == {1e-3, 2e-3}
     assert {r.learning_rate for r in runs[2:]} == {preset("char-cpu").learning_rate}
     run_modern(ModernArgs(text_file, out, variants=(BASELINE,), seeds=(1,)))
+    assert capsys.readouterr().out.splitlines()[-1] == f"| {BASELINE} | 1,000 | 1.5 | 0.401 |  |  | 7 |"
     rows = read(out)
     assert [row["split"] for row in rows] == ["held out of training"] * 4 + ["validation"]
     assert rates(rows).splitlines()[-2] == "| Muon | 0.004 | 0.002 | 1 | 0.201 |"
