@@ -112,7 +112,7 @@ def _configs(given: ModernArgs) -> Iterator[tuple[str, TrainConfig]]:
         )
         tuned = "muon_learning_rate" if config.optimizer == "muon" else "learning_rate"
         for rate in given.tune or (getattr(config, tuned),):
-            yield variant, dataclasses.replace(config, **{tuned: rate})
+            yield variant, override(config, {tuned: rate}, source=variant)
 
 
 @contextlib.contextmanager
