@@ -279,6 +279,7 @@ def test_a_rotary_model_has_no_position_embedding_and_can_be_cropped() -> None:
     assert not any("wpe" in name for name, _ in model.named_parameters())
     learned = GPT(SMALL).num_params()
     assert model.num_params() == learned - SMALL.block_size * SMALL.n_embd
+    assert model.num_params(embeddings=False) == model.num_params()  # none that only looks rows up
     before = model(idx)[0]
     model.crop_block_size(8)
     assert torch.equal(model(idx)[0], before)
