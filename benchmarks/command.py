@@ -14,6 +14,10 @@ SUBCOMMANDS = {
     "train": ("fastgpt.benchmarks.train:command", "whole training steps, losses agreeing, by operation"),
     "ladder": ("fastgpt.benchmarks.ladder:command", "the lecture's speed-ups of GPT-2 one after another"),
     "generate": ("fastgpt.benchmarks.generate:command", "tokens a second of prefill and of decode"),
+    "modern": (
+        "fastgpt.benchmarks.modern:command",
+        "what came after GPT-2: RoPE, Muon, ... one by one, by loss",
+    ),
     "report": ("fastgpt.benchmarks.report:command", "a page about results, and what changed since others"),
     "summary": ("fastgpt.benchmarks.summary:command", "what a run found, as tables"),
 }

@@ -147,11 +147,12 @@ class Step:
 
 
 def unpadded(model: GPT) -> GPT:
-    """A copy whose embedding, and so its classifier, has vocab_size rows: what it computes stays the same."""
+    """A copy whose embedding and classifier have vocab_size rows: what it computes stays the same."""
     model = copy.deepcopy(model)
-    wte = model.transformer.wte
-    wte.num_embeddings = model.config.vocab_size
-    wte.weight = torch.nn.Parameter(wte.weight.detach()[: model.config.vocab_size].clone())
+    rows = model.config.vocab_size
+    model.transformer.wte.num_embeddings = rows
+    for module in (model.transformer.wte, *(() if model.config.tied_head else (model.lm_head,))):
+        module.weight = torch.nn.Parameter(module.weight.detach()[:rows].clone())
     return model
 
 

@@ -6,7 +6,7 @@ RUN/checkpoints/step-000500/
     optimizer/              the optimizer's states instead, where they are split over ranks: a file of each
     config.json             GPTConfig
     tokenizer.json          the tokenizer
-    state.json              step, losses, data fingerprint, gradient scaler
+    state.json              step, losses, data fingerprint, gradient scaler, which optimizer
     SHA256SUMS              of all the others (`sha256sum -c` reads it)
 
 A checkpoint is written under a temporary name and renamed when all of it is on disk, so a folder that is

@@ -12,14 +12,17 @@ from typing import Any, Literal, get_args
 
 from fastgpt.errors import InputError
 
-Activation = Literal["gelu_tanh", "gelu_erf", "relu"]
+Activation = Literal["gelu_tanh", "gelu_erf", "relu", "relu2", "swiglu"]
+Position = Literal["learned", "rope"]
+Norm = Literal["layer_norm", "rms_norm"]
 CONFIG = "config.json"  # in the folder of a run: its settings
 VOCAB_MULTIPLE = 128  # the embedding is padded to this, so that the classifier's matmul has full tiles
+SWIGLU_MULTIPLE = 64  # the same for the width inside an MLP that no round number of n_embd gives
 
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The shape of the network. The defaults are GPT-2 (124M)."""
+    """The shape of the network. The defaults are GPT-2 (124M); docs/modern.md is about the rest."""
 
     vocab_size: int = 50257
     """Tokens in the vocabulary. Training takes it from the tokenizer."""
@@ -36,9 +39,16 @@ class GPTConfig:
     bias: bool = True
     """Whether linear layers and LayerNorms have a bias, as in GPT-2."""
     activation: Activation = "gelu_tanh"
-    """GPT-2 has gelu_tanh, nanoGPT gelu_erf, the first lecture relu."""
+    """GPT-2 has gelu_tanh, nanoGPT gelu_erf, the first lecture relu. relu2 is relu squared; swiglu has
+    a gate, a third matrix, and is two thirds as wide, so that an MLP's parameters stay as many."""
     tied_head: bool = True
     """Whether the classifier's weights are the token embedding's, as in GPT-2; else it has its own."""
+    position: Position = "learned"
+    """learned: an embedding of positions, as in GPT-2. rope: queries and keys turned by their positions."""
+    norm: Norm = "layer_norm"
+    """GPT-2 has layer_norm. rms_norm has no mean to subtract and no bias."""
+    qk_norm: bool = False
+    """Whether each head's queries and keys go through an RMSNorm, which bounds attention scores."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
@@ -47,7 +57,10 @@ class GPTConfig:
             self.n_embd % self.n_head == 0, "n_embd", self.n_embd, f"a multiple of n_head = {self.n_head}"
         )
         _require(0 <= self.dropout < 1, "dropout", self.dropout, "at least 0 and less than 1")
-        _require(self.activation in get_args(Activation), "activation", self.activation, get_args(Activation))
+        for name, allowed in {"activation": Activation, "position": Position, "norm": Norm}.items():
+            _require(getattr(self, name) in get_args(allowed), name, getattr(self, name), get_args(allowed))
+        if self.position == "rope":
+            _require(self.head_size % 2 == 0, "n_embd / n_head", self.head_size, "even with rope")
 
     @property
     def padded_vocab_size(self) -> int:
@@ -58,6 +71,13 @@ class GPTConfig:
     def head_size(self) -> int:
         return self.n_embd // self.n_head
 
+    @property
+    def mlp_size(self) -> int:
+        """The width inside an MLP: 4C, and of the three matrices of swiglu 8C/3, rounded up."""
+        if self.activation == "swiglu":
+            return math.ceil(8 * self.n_embd / 3 / SWIGLU_MULTIPLE) * SWIGLU_MULTIPLE
+        return 4 * self.n_embd
+
 
 TokenizerName = Literal["char", "byte", "gpt2"]
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
@@ -66,6 +86,7 @@ Recompute = Literal["none", "gelu", "block"]
 Parallel = Literal["ddp", "zero1", "fsdp", "hsdp"]
 GuardAction = Literal["off", "warn", "skip", "stop"]
 Schedule = Literal["cosine", "linear", "constant", "wsd"]
+Optimizer = Literal["adamw", "muon"]
 
 
 @dataclass(frozen=True)
@@ -97,8 +118,12 @@ class TrainConfig:
     micro_batch_size: int | None = None
     """Sequences per forward pass; gradients are accumulated up to batch_size. By default batch_size."""
 
+    optimizer: Optimizer = "adamw"
+    """adamw, or muon: Muon for the matrices of the blocks and AdamW for everything else."""
     learning_rate: float = 6e-4
-    """The peak."""
+    """The peak, of AdamW."""
+    muon_learning_rate: float | None = None
+    """The peak of Muon, in the units of AdamW's (docs/modern.md). By default learning_rate."""
     schedule: Schedule = "cosine"
     """After the warmup: cosine or linear decay to the floor, constant, or constant and then a linear
     decay over the last decay_fraction of the steps (wsd: warmup, stable, decay)."""
@@ -109,7 +134,7 @@ class TrainConfig:
     decay_fraction: float = 0.2
     """For wsd: the share of the steps that decays."""
     weight_decay: float = 0.1
-    """Applied to matrices and embeddings; never to biases and LayerNorms."""
+    """Applied to matrices and embeddings; never to biases and norms."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's averages of the gradient and of its square."""
     eps: float = 1e-8
@@ -180,10 +205,10 @@ class TrainConfig:
             _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         for name in ("val_fraction", "min_lr_fraction", "decay_fraction"):
             _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "between 0 and 1")
-        _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "greater than 0")
         _require(self.guard_window >= 2, "guard_window", self.guard_window, "at least 2")
-        for name in ("eps", "timeout_minutes", "guard_z"):
-            _require(getattr(self, name) > 0, name, getattr(self, name), "greater than 0")
+        for name in ("learning_rate", "muon_learning_rate", "eps", "timeout_minutes", "guard_z"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, name, value, "greater than 0")
         _require(
             all(0 <= beta < 1 for beta in self.betas), "betas", self.betas, "each at least 0, less than 1"
         )
@@ -194,6 +219,7 @@ class TrainConfig:
             "parallel": Parallel,
             "guard": GuardAction,
             "schedule": Schedule,
+            "optimizer": Optimizer,
             "tokenizer": TokenizerName,
         }
         for name, allowed in choices.items():
@@ -202,8 +228,15 @@ class TrainConfig:
             _require(self.precision in ("auto", "bf16"), "precision", self.precision, "bf16, as weights is")
         if self.parallel != "ddp":
             _require(self.precision != "fp16", "precision", "fp16", f"bf16 or fp32 with {self.parallel}")
+        if self.optimizer == "muon":  # no fp32 masters, whole matrices, no step that the device may leave out
+            _require(self.weights == "fp32", "weights", self.weights, "fp32 with optimizer = 'muon'")
+            _require(self.parallel == "ddp", "parallel", self.parallel, "ddp with optimizer = 'muon'")
+            _require(
+                self.guard in ("off", "warn"), "guard", self.guard, "off or warn with optimizer = 'muon'"
+            )
         if self.recompute == "gelu":
-            _require(self.model.activation != "relu", "recompute", "gelu", "none or block, with relu")
+            activation = self.model.activation
+            _require(activation.startswith("gelu"), "recompute", "gelu", f"none or block, with {activation}")
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2, default=str) + "\n"
@@ -295,8 +328,23 @@ def _gpt2(
     )
 
 
+def _modern(config: TrainConfig, muon_learning_rate: float | None = None) -> TrainConfig:
+    """The same budget with what came after GPT-2: docs/modern.md measures what each change is worth."""
+    model = dataclasses.replace(
+        config.model,
+        position="rope",
+        norm="rms_norm",
+        qk_norm=True,
+        activation="relu2",
+        bias=False,
+        tied_head=False,
+    )
+    return dataclasses.replace(config, model=model, optimizer="muon", muon_learning_rate=muon_learning_rate)
+
+
 PRESETS: dict[str, TrainConfig] = {
     "char-cpu": _CHAR_CPU,
+    "modern-cpu": _modern(_CHAR_CPU, 1.6e-2),  # chosen on the training split: docs/modern.md
     "char": _CHAR,
     "gpt2": _gpt2(12, 12, 768, 6e-4),
     "gpt2-medium": _gpt2(24, 16, 1024, 3e-4),
@@ -307,6 +355,7 @@ PRESETS: dict[str, TrainConfig] = {
     "gpt2-350m": _gpt2(24, 16, 1024, 3e-4, micro_batch_size=32),
     "gpt2-774m": _gpt2(36, 20, 1280, 2.5e-4, micro_batch_size=16),
     "gpt2-1.5b": _gpt2(48, 25, 1600, 2e-4, micro_batch_size=8),
+    "modern": _modern(_gpt2(12, 12, 768, 6e-4, micro_batch_size=64)),
 }
 
 

@@ -1,5 +1,7 @@
 """GPT-2: a decoder-only Transformer, with every hot operation called through `fastgpt.ops`.
 
+GPTConfig's options put what came later in the place of some of its parts (docs/modern.md).
+
 Shapes: B sequences, T tokens, C channels (n_embd), H heads of D = C / H, V rows of the padded vocabulary.
 Parameter names are GPT-2's; linear weights are (out, in), as in torch.nn.Linear.
 """
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 from fastgpt import ops
 from fastgpt.config import GPTConfig, Recompute
 from fastgpt.errors import InputError
+from fastgpt.rotary import Rotation
 
 INIT_STD = 0.02
 
@@ -88,6 +91,26 @@ class LayerNorm(nn.Module):
         return ops.add_layer_norm(branch, x, self.weight, self.bias)
 
 
+class RMSNorm(nn.Module):
+    """The parameters of an RMSNorm over `width` channels."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.rms_norm(x, self.weight.to(x.dtype))  # of one dtype under autocast too, as eager needs it
+
+    def add(self, branch: Tensor, x: Tensor, dropout: float) -> tuple[Tensor, Tensor]:
+        """As LayerNorm's."""
+        x = ops.dropout_add(branch, x, p=dropout) if dropout else branch + x
+        return self(x), x
+
+
+def _norm(config: GPTConfig) -> LayerNorm | RMSNorm:
+    return LayerNorm(config) if config.norm == "layer_norm" else RMSNorm(config.n_embd)
+
+
 class Attention(nn.Module):
     """Causal multi-head self-attention."""
 
@@ -96,34 +119,49 @@ class Attention(nn.Module):
         self.layer, self.n_head, self.dropout = layer, config.n_head, config.dropout
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.qk_norm = config.qk_norm
+        if config.qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(config.head_size), RMSNorm(config.head_size)
 
-    def forward(self, x: Tensor, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, rotation: Rotation | None, cache: KVCache | None) -> Tensor:
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
-        if cache is None:
-            dropout_p = self.dropout if self.training else 0.0
+        dropout_p = self.dropout if self.training else 0.0
+        if cache is None and rotation is None and not self.qk_norm:
             y = ops.causal_attention_qkvpacked(qkv, dropout_p=dropout_p)  # (B, T, H, D)
         else:
-            q, k, v = qkv.unbind(2)
-            y = ops.causal_attention(q, *cache.append(self.layer, k, v))
+            q, k, v = qkv.unbind(2)  # (B, T, H, D) each
+            if self.qk_norm:
+                q, k = self.q_norm(q), self.k_norm(k)
+            if rotation is not None:
+                q, k = rotation(q), rotation(k)
+            if cache is not None:
+                k, v = cache.append(self.layer, k, v)  # (B, length + T, H, D)
+            y = ops.causal_attention(q, k, v, dropout_p=dropout_p)
         return self.c_proj(y.view(B, T, C))
 
 
 class MLP(nn.Module):
-    """Two linear layers, four times as wide in the middle."""
+    """Two linear layers, wider in the middle; swiglu has a third, whose output gates that of the first."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.activation = config.activation
         self.recompute = False
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_fc = nn.Linear(config.n_embd, config.mlp_size, bias=config.bias)
+        if config.activation == "swiglu":
+            self.c_gate = nn.Linear(config.n_embd, config.mlp_size, bias=config.bias)
+        self.c_proj = nn.Linear(config.mlp_size, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.recompute and torch.is_grad_enabled():
             return _recomputed(self._gelu_and_project, self.c_fc(x))
         if self.activation == "relu":
             h = F.relu(self.c_fc(x))  # (B, T, 4C)
+        elif self.activation == "relu2":
+            h = F.relu(self.c_fc(x)).square()
+        elif self.activation == "swiglu":
+            h = F.silu(self.c_gate(x)) * self.c_fc(x)
         else:
             h = ops.linear_gelu(x, self.c_fc.weight, self.c_fc.bias, approximate=self._approximate)
         return self.c_proj(h)
@@ -139,25 +177,27 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """x += attention(ln_1(x)); x += mlp(ln_2(x)).
 
-    Each addition is fused with the LayerNorm after it, so a block takes the output of the branch before it,
+    Each addition is fused with the norm after it, so a block takes the output of the branch before it,
     not yet added to the residual stream x, and hands over its own in the same state.
     """
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.dropout = config.dropout
-        self.ln_1 = LayerNorm(config)
+        self.ln_1 = _norm(config)
         self.attn = Attention(config, layer)
-        self.ln_2 = LayerNorm(config)
+        self.ln_2 = _norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, branch: Tensor | None, x: Tensor, cache: KVCache | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, branch: Tensor | None, x: Tensor, rotation: Rotation | None, cache: KVCache | None
+    ) -> tuple[Tensor, Tensor]:
         dropout = self.dropout if self.training else 0.0
         if branch is None:
             normed = self.ln_1(x)
         else:
             normed, x = self.ln_1.add(branch, x, dropout)
-        normed, x = self.ln_2.add(self.attn(normed, cache), x, dropout)
+        normed, x = self.ln_2.add(self.attn(normed, rotation, cache), x, dropout)
         return self.mlp(normed), x
 
 
@@ -167,9 +207,10 @@ class Transformer(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        if config.position == "learned":
+            self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.ln_f = LayerNorm(config)
+        self.ln_f = _norm(config)
 
 
 class GPT(nn.Module):
@@ -251,14 +292,19 @@ class GPT(nn.Module):
                 f"pass the last {self.config.block_size} at most"
             )
         dropout = self.config.dropout if self.training else 0.0
-        x = ops.embedding(idx, self.token_embedding, self.transformer.wpe.weight, start=start)
+        rotation: Rotation | None = None
+        if self.config.position == "learned":
+            x = ops.embedding(idx, self.token_embedding, self.transformer.wpe.weight, start=start)
+        else:
+            x = F.embedding(idx, self.token_embedding)
+            rotation = Rotation(start, idx.size(1), self.config.head_size, like=x)
         x = F.dropout(x, dropout)  # (B, T, C)
         branch: Tensor | None = None
         for block in self.transformer.h:
             if self.recompute_blocks and torch.is_grad_enabled():
-                branch, x = _recomputed(block, branch, x, cache, draws=dropout > 0)
+                branch, x = _recomputed(block, branch, x, rotation, cache, draws=dropout > 0)
             else:
-                branch, x = block(branch, x, cache)
+                branch, x = block(branch, x, rotation, cache)
         assert branch is not None  # n_layer >= 1
         if cache is not None:
             cache.length += idx.size(1)
@@ -310,7 +356,8 @@ class GPT(nn.Module):
         if embeddings:
             return total
         untied = (matrices - 1) * config.vocab_size * config.n_embd
-        return total - self.transformer.wpe.weight.numel() - untied
+        positions = config.block_size * config.n_embd if config.position == "learned" else 0
+        return total - positions - untied
 
     def flops_per_token(self) -> int:
         """Floating point operations per token of a training step at full context.
@@ -331,9 +378,10 @@ class GPT(nn.Module):
         if block_size > self.config.block_size:
             raise InputError(
                 f"block_size {block_size} is longer than the model's {self.config.block_size}: "
-                "learned positions can be cut off but not added"
+                "positions can be cut off, but those never trained on not added"
             )
         self.config = dataclasses.replace(self.config, block_size=block_size)
-        wpe = self.transformer.wpe
-        wpe.weight = nn.Parameter(wpe.weight.data[:block_size].clone())
-        wpe.num_embeddings = block_size
+        if self.config.position == "learned":
+            wpe = self.transformer.wpe
+            wpe.weight = nn.Parameter(wpe.weight.data[:block_size].clone())
+            wpe.num_embeddings = block_size

@@ -304,29 +304,34 @@ def _norm(batches: Iterable[_Batch]) -> Tensor:
 def adamw(model: nn.Module, config: TrainConfig) -> AdamW | torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101) as GPT-2 and GPT-3 were trained with.
 
-    Weight decay pulls on matrices and embeddings only: a bias or a LayerNorm gain has no scale to control.
+    Weight decay pulls on matrices and embeddings only: a bias or a norm's gain has no scale to control.
     It is the class above where weights are bf16, which need its masters, and where a kernel is chosen for
     `adamw_`; else PyTorch's, whose fused kernel is faster than our plain reference. Parameters that are split
     over ranks are DTensors, which PyTorch's takes as they are.
     """
-    decay = [p for p in model.parameters() if p.dim() >= 2]
-    keep = [p for p in model.parameters() if p.dim() < 2]
-    groups = [
+    return adamw_of(list(model.parameters()), config)
+
+
+def adamw_of(params: list[nn.Parameter], config: TrainConfig) -> AdamW | torch.optim.AdamW:
+    """`adamw` for some of the parameters of a model."""
+    decay = [p for p in params if p.dim() >= 2]
+    keep = [p for p in params if p.dim() < 2]
+    groups: list[dict[str, Any]] = [
         {"params": decay, "weight_decay": config.weight_decay},
         {"params": keep, "weight_decay": 0.0},
     ]
     options: dict[str, Any] = {"lr": config.learning_rate, "betas": config.betas, "eps": config.eps}
     if isinstance(decay[0], DTensor):
         return torch.optim.AdamW(groups, fused=True, **options)
-    elements = sum(p.numel() for p in model.parameters())
+    elements = sum(p.numel() for p in params)
     kernel = select("adamw_", None, decay[0], elements=elements) is not reference
-    if kernel or any(p.dtype != torch.float32 for p in model.parameters()):
+    if kernel or any(p.dtype != torch.float32 for p in params):
         return AdamW(groups, max_grad_norm=config.grad_clip or math.inf, **options)
     return torch.optim.AdamW(groups, fused=True, **options)
 
 
 def update(
-    optimizer: AdamW | torch.optim.AdamW,
+    optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     max_grad_norm: float,
     *,
@@ -336,7 +341,7 @@ def update(
     """Clip the gradients, step, and forget them. Returns their norm before clipping, on the device.
 
     Args:
-        optimizer: of `adamw`, which folds the clipping into its step where it can.
+        optimizer: of `adamw`, which folds the clipping into its step where it can, or of `fastgpt.muon`.
         scaler: skips the step where fp16 gradients overflowed.
         max_grad_norm: the norm that longer gradients are scaled to; 0 leaves them.
         veto: asked with that norm whether to leave the step out: by a scalar on the device that is 1.0.
@@ -362,7 +367,7 @@ def update(
 
 
 @contextlib.contextmanager
-def _left_out(optimizer: torch.optim.AdamW, veto: Tensor | None) -> Iterator[None]:
+def _left_out(optimizer: torch.optim.Optimizer, veto: Tensor | None) -> Iterator[None]:
     """Inside, a step of PyTorch's fused AdamW does nothing where `veto` is 1.0 or a scaler found infinity."""
     if veto is None:
         yield

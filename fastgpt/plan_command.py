@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from tyro.conf import Positional
 
 from fastgpt.chips import PRECISIONS, Chip, chip
-from fastgpt.config import Parallel, Recompute, TrainConfig, Weights
+from fastgpt.config import GPTConfig, Parallel, Recompute, TrainConfig, Weights
 from fastgpt.errors import InputError
 
 if TYPE_CHECKING:
@@ -112,9 +112,19 @@ def describe(given: PlanArgs, config: TrainConfig, device: Chip) -> str:
 
 
 def plan(given: PlanArgs, config: TrainConfig, device: Chip) -> list[Column]:
-    """A column for each layout that these GPUs can have."""
+    """A column for each layout that these GPUs can have.
+
+    Raises:
+        InputError: a network or an optimizer whose memory is not known, a batch that the GPUs cannot share.
+    """
     from fastgpt import plan as computed
 
+    for name in ("position", "norm", "qk_norm", "activation"):  # what they keep for backward is not counted
+        value, known = getattr(config.model, name), getattr(GPTConfig(), name)
+        if value != known and value != "gelu_erf":
+            raise InputError(f"{name} = {value!r}: only networks like GPT-2, with {known!r}, can be planned")
+    if config.optimizer != "adamw":
+        raise InputError(f"optimizer = {config.optimizer!r}: only runs with adamw can be planned")
     batch = given.batch_size or config.batch_size
     if batch % given.gpus:
         raise InputError(f"batch_size = {batch}: it must be a multiple of gpus = {given.gpus}")

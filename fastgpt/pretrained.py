@@ -99,7 +99,8 @@ def load_weights(model: GPT, source: Source) -> None:
         )
     weights = dict(source.model)
     _check_names(model, weights, source.path)
-    weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][: want.block_size]
+    if want.position == "learned":
+        weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][: want.block_size]
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:

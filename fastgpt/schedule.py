@@ -7,13 +7,13 @@ import math
 from fastgpt.config import TrainConfig
 
 
-def learning_rate(step: int, config: TrainConfig) -> float:
+def learning_rate(step: int, config: TrainConfig, peak: float | None = None) -> float:
     """The learning rate of optimizer step `step` (counted from 0).
 
-    A linear warmup over `warmup_steps`, then config.schedule down to `min_lr_fraction * learning_rate`,
-    reached at `max_steps`.
+    A linear warmup over `warmup_steps` to the peak, by default config.learning_rate, then config.schedule
+    down to `min_lr_fraction` of it, reached at `max_steps`.
     """
-    peak, warmup = config.learning_rate, config.warmup_steps
+    peak, warmup = config.learning_rate if peak is None else peak, config.warmup_steps
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
     progress = min(1.0, (step - warmup) / max(1, config.max_steps - warmup))  # 0 .. 1 after the warmup

@@ -37,7 +37,8 @@ from fastgpt.evaluate import validation_loss
 from fastgpt.generate import encode_prompt, sample_text
 from fastgpt.metrics import MetricsLog, Silent, announce, plot_losses, step_row, write_record
 from fastgpt.model import GPT
-from fastgpt.optim import adamw, update
+from fastgpt.muon import optimizer_for
+from fastgpt.optim import update
 from fastgpt.pretrained import Pretrained, load_weights, read_pretrained
 from fastgpt.schedule import learning_rate
 from fastgpt.tasks import HellaSwag
@@ -67,7 +68,7 @@ class Trainer:
         self.model.recompute(config.recompute)
         self.parallel = sharding.arranged(self.model, self.world, config.parallel, config.weights)
         self.network: Callable[..., Any] = torch.compile(self.parallel) if config.compile else self.parallel
-        self.optimizer = adamw(self.model, config)
+        self.optimizer = optimizer_for(self.model, config)
         self.scaler = self.precision.scaler(shared=self.world.size > 1)
         block_size, vocab_size = config.model.block_size, data.tokenizer.vocab_size
         self.loader = Loader(
@@ -103,7 +104,7 @@ class Trainer:
         makes that number a rank's share of it.
         """
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.steps_done, self.config)
+            group["lr"] = learning_rate(self.steps_done, self.config, group.get("initial_lr"))
         batches = self.prefetch(self.steps_done)
         tokens = self.world.mean(torch.full((), float(batches.counted), device=self.device))
         loss = torch.zeros((), device=self.device)
@@ -185,6 +186,7 @@ class Trainer:
             "best_val_loss": self.best_val_loss if math.isfinite(self.best_val_loss) else None,
             "data": self.data.fingerprint,
             "scaler": self.scaler.state_dict(),
+            "optimizer": self.config.optimizer,
         }
         return checkpoint.save(
             self.out_dir,
@@ -205,7 +207,7 @@ class Trainer:
         """Continue from a checkpoint of the same run; to the bit where as many ranks wrote it.
 
         Raises:
-            InputError: the data or the network is not what the run was trained with.
+            InputError: the data, the network or the optimizer is not what the run was trained with.
         """
         shape = dataclasses.replace(self.config.model, dropout=saved.config.dropout)
         if shape != saved.config:
@@ -215,6 +217,8 @@ class Trainer:
                 f"the tokens of corpus {self.config.corpus!r} are not those that {saved.path} was trained "
                 "on: restore the text, or start a new run with --init-from"
             )
+        if (optimizer := saved.state.get("optimizer", "adamw")) != self.config.optimizer:
+            raise InputError(f"{saved.path} has the state of optimizer = {optimizer!r}: resume with that")
         parameters = self.model.state_dict()
         self.model.load_state_dict({k: sharding.like(v, parameters[k]) for k, v in saved.model.items()})
         training = saved.training()

@@ -33,7 +33,7 @@ import cuda_emulator
 import torch
 
 ROOT = Path(__file__).parents[1]
-COPIED = ("fastgpt", "kernels", "csrc", "tests", "pyproject.toml")
+COPIED = ("fastgpt", "kernels", "benchmarks", "csrc", "tests", "pyproject.toml")
 EMULATED = Path("build/emulator/plain")  # what the emulator has compiled
 
 
@@ -66,10 +66,11 @@ def mutate(mutant: Mutant, tree: Path) -> None:
             shutil.copytree(source, tree / name, symlinks=True, ignore=ignored)
         else:
             shutil.copy(source, tree / name)
-    # Installed for development, fastgpt.kernels is the original tree's: here it must be the copy's.
-    link = tree / "fastgpt" / "kernels"
-    link.unlink(missing_ok=True)
-    link.symlink_to("../kernels")
+    # Installed for development, these two of fastgpt's are the original tree's: here they must be the copy's.
+    for name in ("kernels", "benchmarks"):
+        link = tree / "fastgpt" / name
+        link.unlink(missing_ok=True)
+        link.symlink_to(f"../{name}")
     path = tree / mutant.file
     text = path.read_text()
     if (count := text.count(mutant.old)) != 1:

@@ -61,6 +61,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"bias": False},
     {"activation": "gelu_erf"},
     {"activation": "relu", "dropout": 0.1},
+    {"activation": "relu2", "bias": False},
 ]
 
 
@@ -166,11 +167,18 @@ def test_what_cannot_be_exported_is_one_clear_error(
     run = save_run(tmp_path / "run", gpt(vocab_size=8, activation="gelu_erf"), CHARS)
     assert f"{tmp_path} exists" in fails(run, "--to", "hf", "--out", str(tmp_path))
     out = str(tmp_path / "out")
-    assert "activation gelu_tanh and a tied head, this one gelu_erf" in fails(
+    assert "activation = gelu_erf, and llm.c's only activation = gelu_tanh: --to hf" in fails(
         run, "--to", "llmc", "--out", out
     )
     untied = save_run(tmp_path / "untied", gpt(vocab_size=8, tied_head=False), CHARS)
-    assert "an untied head: use --to hf" in fails(untied, "--to", "llmc", "--out", out)
+    assert "tied_head = False, and llm.c's only tied_head = True" in fails(
+        untied, "--to", "llmc", "--out", out
+    )
+    changes = {"position": "rope", "norm": "rms_norm", "qk_norm": True, "activation": "swiglu"}
+    modern = save_run(tmp_path / "modern", gpt(vocab_size=8, **changes), CHARS)
+    for to in ("hf", "llmc"):
+        message = fails(modern, "--to", to, "--out", out)
+        assert "position = rope, norm = rms_norm, qk_norm = True, activation = swiglu, and" in message
     export(save_run(tmp_path / "tied", gpt(vocab_size=8), CHARS), tmp_path / "llmc", "--to", "llmc")
     message = fails(tmp_path / "llmc" / "model.bin", "--to", "hf", "--out", out)
     assert "a vocabulary of 8 tokens, of a tokenizer that fastgpt does not have" in message

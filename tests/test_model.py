@@ -19,7 +19,7 @@ MUTANTS = {
         ("reduction=reduction, vocab_size=self.config.vocab_size", "reduction=reduction"),
         ("INIT_STD / math.sqrt(2 * self.config.n_layer)", "INIT_STD"),
         ("self.token_embedding if self.config.tied_head else self.lm_head.weight", "self.token_embedding"),
-        ("- self.transformer.wpe.weight.numel() - untied", "- self.transformer.wpe.weight.numel()"),
+        ("total - positions - untied", "total - positions"),
     ],
 }
 

@@ -21,6 +21,8 @@ cuda_emulator.register_rows()
 STEPS = 20
 # Two heads and layers, a vocabulary that is padded, and a context that is no multiple of a tile.
 TINY = GPTConfig(vocab_size=65, block_size=12, n_layer=2, n_head=2, n_embd=32)
+# Norms of queries and keys that are views, and attention on q, k and v that are not packed.
+MODERN: dict[str, Any] = {"position": "rope", "norm": "rms_norm", "qk_norm": True, "activation": "swiglu"}
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NAMES = sorted({row.name for row in ops.table() if row.missing(DEVICE) is None})
 implementations = pytest.mark.parametrize("name", NAMES)
@@ -34,9 +36,9 @@ def same_start(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
-def model(dropout: float = 0.0, dtype: torch.dtype = torch.float32) -> GPT:
+def model(dropout: float = 0.0, dtype: torch.dtype = torch.float32, **changes: Any) -> GPT:
     torch.manual_seed(0)
-    return GPT(dataclasses.replace(TINY, dropout=dropout)).to(DEVICE, dtype)
+    return GPT(dataclasses.replace(TINY, dropout=dropout, **changes)).to(DEVICE, dtype)
 
 
 def batch(step: int = 0) -> tuple[Tensor, Tensor]:
@@ -92,11 +94,12 @@ def assert_same_losses(actual: Tensor, eager: Tensor, oracle: Tensor) -> None:
 
 
 @implementations
-def test_same_gradients(name: str) -> None:
+@pytest.mark.parametrize("changes", [{}, MODERN], ids=["gpt2", "modern"])
+def test_same_gradients(name: str, changes: dict[str, Any]) -> None:
     """Loss and the gradient of every parameter, forward and backward on this implementation alone."""
 
     def everything(backend: str, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-        gpt = model(dtype=dtype)
+        gpt = model(dtype=dtype, **changes)
         with ops.use(backend):
             loss = gpt(*batch(), return_logits=False)[1]
             return [loss.detach(), *torch.autograd.grad(loss, list(gpt.parameters()))]

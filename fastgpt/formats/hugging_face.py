@@ -21,12 +21,25 @@ from fastgpt.config import GPTConfig
 from fastgpt.data.tokenizers import Tokenizer
 from fastgpt.errors import InputError
 from fastgpt.formats import hf_tokenizer
-from fastgpt.formats.weights import HEAD, TOKEN_EMBEDDING, Pretrained, pad_vocabulary, with_biases
+from fastgpt.formats.weights import (
+    HEAD,
+    TOKEN_EMBEDDING,
+    Pretrained,
+    pad_vocabulary,
+    require_gpt2,
+    with_biases,
+)
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"  # of weights in several files: which tensor is in which
-_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu_erf", "relu": "relu"}
+_ACTIVATIONS = {
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu": "gelu_erf",
+    "relu": "relu",
+    "relu2": "relu2",
+}
 _CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 _FIXED = {  # what transformers makes a choice and fastgpt does not
     "model_type": "gpt2",
@@ -132,8 +145,9 @@ def write(
         dtype: float32 or bfloat16, rounded to nearest.
 
     Raises:
-        InputError: it cannot be written.
+        InputError: it cannot be written, or the network is not GPT-2's.
     """
+    require_gpt2(config, "transformers", _ACTIVATIONS.values(), hint="fastgpt alone can run it")
     unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         unfinished.mkdir(parents=True)

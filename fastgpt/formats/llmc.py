@@ -23,6 +23,7 @@ from fastgpt.formats.weights import (
     Pretrained,
     guess_tokenizer,
     pad_vocabulary,
+    require_gpt2,
     with_biases,
 )
 
@@ -81,11 +82,7 @@ def write(path: Path, config: GPTConfig, weights: dict[str, Tensor], dtype: torc
     Raises:
         InputError: the network is not one that llm.c has.
     """
-    if config.activation != "gelu_tanh" or not config.tied_head:
-        raise InputError(
-            f"llm.c's network has activation gelu_tanh and a tied head, this one {config.activation} and "
-            f"{'a tied' if config.tied_head else 'an untied'} head: use --to hf"
-        )
+    require_gpt2(config, "llm.c", ["gelu_tanh"], tied=True, hint="--to hf holds more activations and heads")
     weights = with_biases(weights, config)
     pad_vocabulary(weights, config)
     rows = weights[TOKEN_EMBEDDING].size(0)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastgpt.config import GPTConfig
 from fastgpt.data.tokenizers import GPT2Tokenizer, Tokenizer
+from fastgpt.errors import InputError
 
+_GPT2 = {"position": "learned", "norm": "layer_norm", "qk_norm": False}  # which no format can say otherwise
 TOKEN_EMBEDDING = "transformer.wte.weight"
 HEAD = "lm_head.weight"
 
@@ -27,6 +31,32 @@ class Pretrained:
     config: GPTConfig
     model: dict[str, Tensor]
     tokenizer: Tokenizer | None
+
+
+def require_gpt2(
+    config: GPTConfig, owner: str, activations: Iterable[str], *, tied: bool = False, hint: str
+) -> None:
+    """That a format can hold the network.
+
+    Args:
+        config: of the network.
+        owner: whose format it is, for the message.
+        activations: those it has.
+        tied: whether its head is always tied to the token embedding.
+        hint: what else to do, for the message.
+
+    Raises:
+        InputError: it cannot; the message names all the fields at once.
+    """
+    allowed: dict[str, tuple[Any, ...]] = {name: (value,) for name, value in _GPT2.items()}
+    allowed["activation"] = tuple(dict.fromkeys(activations))
+    if tied:
+        allowed["tied_head"] = (True,)
+    wrong = {name: values for name, values in allowed.items() if getattr(config, name) not in values}
+    if wrong:
+        ours = ", ".join(f"{name} = {getattr(config, name)}" for name in wrong)
+        theirs = ", ".join(f"{name} = {' or '.join(map(str, values))}" for name, values in wrong.items())
+        raise InputError(f"this network has {ours}, and {owner}'s only {theirs}: {hint}")
 
 
 def guess_tokenizer(vocab_size: int) -> Tokenizer | None:

@@ -20,7 +20,7 @@ from fastgpt import config, ops
 from fastgpt.benchmarks import contest, ladder, results, train
 from fastgpt.benchmarks.attribution import GROUPS, attribute, attribution_of, busy
 from fastgpt.benchmarks.contest import ORACLE, Case, Entry, Reference, eager_losses
-from fastgpt.benchmarks.steps import BATCHES, Recipe, Step, initial_model, random_batches
+from fastgpt.benchmarks.steps import BATCHES, Recipe, Step, initial_model, random_batches, unpadded
 from fastgpt.benchmarks.timing import Timing
 from fastgpt.config import GPTConfig, TrainConfig
 from fastgpt.errors import InputError
@@ -127,6 +127,15 @@ def test_the_oracle_is_the_same_in_slices(monkeypatch: pytest.MonkeyPatch) -> No
 def _sees_the_future(*qkv: Tensor, dropout_p: float, scale: None, window: None) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in qkv[0].unbind(2))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).contiguous()
+
+
+@pytest.mark.parametrize("tied_head", [True, False])
+def test_without_padding_it_computes_the_same(tied_head: bool) -> None:
+    model = initial_model(dataclasses.replace(TINY, tied_head=tied_head))
+    idx = torch.arange(8)[None]
+    bare = unpadded(model)
+    assert len(bare.token_embedding) == len(bare.classifier) == TINY.vocab_size < len(model.classifier)
+    assert torch.equal(bare(idx)[0], model(idx)[0])
 
 
 def _another_activation(x: Tensor, weight: Tensor, bias: Tensor, *, approximate: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the tests of whole runs share: their last checkpoints, their logs, and the command that starts one."""
+"""What the tests of whole runs share: their checkpoints and logs, the command that starts one, a counter."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgpt import checkpoint
 from fastgpt.config import TrainConfig
@@ -72,3 +73,15 @@ def start(config: TrainConfig) -> Trainer:
     assert config.out_dir is not None
     config.out_dir.mkdir(exist_ok=True)
     return Trainer(config, config.out_dir, data, GPT(config.model))
+
+
+class Transfers(TorchDispatchMode):
+    """Counts where the host asks a tensor for its value, which on a GPU waits for all that was queued."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
+        return func(*args, **(kwargs or {}))

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from runs import assert_same_state, last, logged, start
+from runs import Transfers, assert_same_state, last, logged, start
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -43,18 +43,6 @@ MUTANTS = {
 }
 
 Tiny = Callable[..., TrainConfig]
-
-
-class Transfers(TorchDispatchMode):
-    """Counts where the host asks a tensor for its value, which on a GPU waits for all that was queued."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(
