@@ -224,6 +224,7 @@ class _Suite:
 
     def _time(self, case: Case) -> list[Row]:
         """A row for each contender."""
+        torch.compiler.reset()  # it counts compilations of a function over all cases, and refuses after eight
         contenders = self._contenders(case)
         rows = [self._row(case, c.name, "missing", c.missing) for c in contenders if c.missing]
         able = [c for c in contenders if not c.missing]
