@@ -9,7 +9,7 @@ CSRC   := $(shell find csrc -type f)
 CXX_FILES := $(filter %.h %.cpp %.cu %.cuh,$(CSRC) $(wildcard tests/cuda/* tests/cuda/emulator/*))
 
 .DEFAULT_GOAL := help
-.PHONY: help train install test test-gpu test-slow sanitize mutants inspect-table bench bench-gpu lint format clean
+.PHONY: help train install test test-gpu test-slow rehearse sanitize mutants inspect-table bench bench-gpu lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -39,6 +39,10 @@ test: install  ## run the test suite
 
 test-slow: install  ## run the tests that take minutes (some need FASTGPT_SHAKESPEARE=path/to/input.txt)
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+rehearse: install  ## reproduce GPT-2 in small, minutes on a CPU: data, torchrun, a kill, resume, evaluation, export
+	@rm -rf build/rehearse
+	$(BIN)/python tests/train/rehearse.py build/rehearse
 
 test-gpu: install  ## run the tests of the kernels on this machine's GPU instead of the interpreter
 	@$(BIN)/python -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || \

@@ -1,4 +1,4 @@
-"""`fastgpt bench report`: a page about a file of results, and what changed since another."""
+"""`fastgpt bench report`: a page about results, and what changed since others, or about a training run."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ DEFAULT_THRESHOLD = "5%"
 
 @dataclass
 class ReportArgs:
-    """Write a page about recorded results and its charts as PNGs; compare with earlier results."""
+    """Write a page about recorded results, or the curves of a training run, with its charts as PNGs."""
 
     results: Positional[Path]
-    """A file of results, or a folder: all files under it."""
+    """A file of results, a folder: all files under it, or a training run."""
     out: Path = Path("report")
     """The folder to write: index.html, which needs nothing else, and PNGs."""
     against: Path | None = None
@@ -44,8 +44,15 @@ def command(args: Sequence[str]) -> None:
     if given.against is None and (given.fail_if_slower or given.allow_different_machines):
         option = "--fail-if-slower" if given.fail_if_slower else "--allow-different-machines"
         raise InputError(f"{option} needs --against OLD, the results to compare with")
-    from fastgpt.benchmarks.report import page, regression, sections
+    from fastgpt.benchmarks.report import page, regression, run, sections
+    from fastgpt.metrics import METRICS
 
+    if (given.results / METRICS).exists():
+        if given.against is not None:
+            raise InputError(f"--against is for results, and {given.results} is a training run")
+        written = run.write(given.results, given.out)
+        print(f"{written[0]}: {len(written) - 1} charts of {given.results}")
+        return
     rows = _rows(given.results)
     found, changed = None, None
     if given.against is not None:

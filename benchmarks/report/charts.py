@@ -61,7 +61,8 @@ def styled(chart: Callable[P, Drawing | None]) -> Callable[P, Drawing | None]:
     return draw
 
 
-def _axes(height: float) -> tuple[Any, Any]:
+def axes_of(height: float) -> tuple[Any, Any]:
+    """A figure as wide as all of the page's, of that height in inches, and its axes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
@@ -168,7 +169,7 @@ def _strips(rows: Sequence[Row], values: Sequence[Interval], tooltips: Sequence[
         slowest[row.operation] = min(value.median, slowest.get(row.operation, value.median))
     operations = sorted(slowest, key=lambda operation: slowest[operation])
     contenders = [name for name in OURS if any(row.contender == name for row in rows)]
-    figure, axes = _axes(0.75 + 0.28 * len(operations))
+    figure, axes = axes_of(0.75 + 0.28 * len(operations))
     drawing = Drawing(figure)
     for number, contender in enumerate(contenders):
         chosen = [index for index, row in enumerate(rows) if row.contender == contender]
@@ -209,7 +210,7 @@ def roofline(rows: Sequence[Row]) -> Drawing | None:
     shown = [row for row in rows if timed(row) and row.flops and row.bytes]
     if not shown:
         return None
-    figure, axes = _axes(3.4)
+    figure, axes = axes_of(3.4)
     drawing = Drawing(figure)
     others = [row for row in shown if not ours(row)]
     groups = [("others", others, LIGHT["c3"], "D", 6)]
@@ -330,7 +331,7 @@ def by_batch(rows: Sequence[Row], value: Callable[[Row], float | None], unit: st
     if not shown:
         return None
     full = [row for row in rows if row.status == "oom" and "B" in sizes(row.shape)]
-    figure, axes = _axes(2.7)
+    figure, axes = axes_of(2.7)
     drawing = Drawing(figure)
     drawn_as = looks(rows)
     batches = sorted({sizes(row.shape)["B"] for row in [*shown, *full]})
@@ -387,7 +388,7 @@ def waterfall(rows: Sequence[Row]) -> Drawing | None:
     shown = [row for row in rows if timed(row)]
     if not shown:
         return None
-    figure, axes = _axes(0.6 + 0.28 * len(shown))
+    figure, axes = axes_of(0.6 + 0.28 * len(shown))
     drawing = Drawing(figure)
     times = [(row.median_us or 0.0) / 1e3 for row in shown]
     for number, (row, time) in enumerate(zip(shown, times, strict=True)):
@@ -447,7 +448,7 @@ def generation(rows: Sequence[Row]) -> Drawing | None:
         return None
     shapes = list(dict.fromkeys(row.shape for row in shown))
     shown.sort(key=lambda row: (shapes.index(row.shape), -(row.tokens_per_s or 0.0)))
-    figure, axes = _axes(0.7 + 0.27 * len(shown) + 0.27 * len(shapes))
+    figure, axes = axes_of(0.7 + 0.27 * len(shown) + 0.27 * len(shapes))
     drawn_as, y, place, previous = looks(rows), [], 0.0, ""
     for row in shown:
         place += 1.0 if row.shape == previous or not previous else 2.0

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fastgpt.benchmarks.comparison import OURS, Comparison, Machine, Verdict, compare, latest, machine
 from fastgpt.benchmarks.report.drawing import theme
@@ -65,12 +66,19 @@ def _scores(comparisons: Sequence[Comparison]) -> list[tuple[str, Counter[Verdic
 
 def write(rows: Sequence[Row], out: Path, changed: Section | None = None) -> list[Path]:
     """Write index.html and its charts as PNGs into `out`. Returns the files, the page first."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
     places: dict[Machine, list[Row]] = {}
     for row in latest(rows):
         places.setdefault(machine(row), []).append(row)
     parts = [_part(place, chosen) for place, chosen in sorted(places.items(), key=lambda item: str(item[0]))]
+    older = len(rows) - sum(map(len, places.values()))
+    values = {"parts": parts, "changed": changed, "rows": len(rows), "older": older, "ours": OURS}
+    return render(TEMPLATE, out, [section for part in parts for section in part.sections], values)
+
+
+def render(template: str, out: Path, shown: Sequence[Section], values: dict[str, Any]) -> list[Path]:
+    """Write `template`, filled with `values`, as index.html, and the charts of its sections as PNGs."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
     templates = Environment(
         loader=PackageLoader("fastgpt.benchmarks.report", "."),
         autoescape=True,
@@ -79,16 +87,11 @@ def write(rows: Sequence[Row], out: Path, changed: Section | None = None) -> lis
         lstrip_blocks=True,
     )
     out.mkdir(parents=True, exist_ok=True)
-    page = out / "index.html"
-    older = len(rows) - sum(map(len, places.values()))
-    html = templates.get_template(TEMPLATE).render(
-        parts=parts, changed=changed, theme=theme(), rows=len(rows), older=older, ours=OURS
-    )
-    page.write_text(html, encoding="utf-8")
-    written = [page]
-    for part in parts:
-        for section in part.sections:
-            for chart in section.charts:
-                written.append(out / f"{chart.name}.png")
-                chart.drawing.png(written[-1])
+    written = [out / "index.html"]
+    html = templates.get_template(template).render(theme=theme(), **values)
+    written[0].write_text(html, encoding="utf-8")
+    for section in shown:
+        for chart in section.charts:
+            written.append(out / f"{chart.name}.png")
+            chart.drawing.png(written[-1])
     return written

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import socket
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -74,3 +76,14 @@ def each_rank(size: int, function: Callable[[], Any], local_size: int | None = N
     for rank, (succeeded, value) in enumerate(results):
         assert succeeded, f"rank {rank}: {value}"
     return [value for _, value in results]
+
+
+def pid_of_rank(rank: int, parent: int) -> int:
+    """The process of that rank that `parent` started."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # gone since, or not ours to read
+            status = (folder / "stat").read_text().rsplit(")", 1)[1].split()
+            environment = (folder / "environ").read_bytes().split(b"\0")
+            if int(status[1]) == parent and f"RANK={rank}".encode() in environment:
+                return int(folder.name)
+    raise AssertionError(f"no process of rank {rank}")

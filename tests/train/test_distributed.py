@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import signal
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ranks import each_rank, outcomes
+from ranks import each_rank, outcomes, pid_of_rank
 from runs import assert_same_state, command, last, logged, wait_for_checkpoint
 
 from fastgpt import runtime
@@ -226,17 +225,6 @@ def test_a_batch_that_ranks_cannot_share_is_refused(tiny: Tiny) -> None:
     for ended, message in outcomes(4, lambda: train(tiny())):
         assert not ended
         assert "InputError: batch_size 6 is not a multiple of the 4 processes: use 8" in message
-
-
-def pid_of_rank(rank: int, parent: int) -> int:
-    """The process of that rank that `parent` started."""
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # gone since, or not ours to read
-            status = (folder / "stat").read_text().rsplit(")", 1)[1].split()
-            environment = (folder / "environ").read_bytes().split(b"\0")
-            if int(status[1]) == parent and f"RANK={rank}".encode() in environment:
-                return int(folder.name)
-    raise AssertionError(f"no process of rank {rank}")
 
 
 @pytest.mark.slow
