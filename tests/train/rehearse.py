@@ -2,10 +2,10 @@
 
     python tests/train/rehearse.py FOLDER        `make rehearse`; FOLDER must not exist, and is kept
 
-Python's own help texts become token shards of GPT-2's byte pair encoding. A small GPT-2 is trained on them by
-two processes under torchrun, one of which is killed; the run is resumed, evaluated, exported, and sampled here
-and by transformers. No network is needed. Every command is printed, then what was checked of its outcome; the
-first check that fails ends the rehearsal with status 1. FOLDER/log.txt has what the commands print.
+Python's own help texts become token shards of GPT-2's byte pair encoding. A small GPT-2 is trained on them
+by two processes under torchrun, one of which is killed; the run is resumed, evaluated, exported, and sampled
+here and by transformers. No network is needed. Every command is printed, then what was checked of its outcome;
+the first check that fails ends the rehearsal with status 1. FOLDER/log.txt has what the commands print.
 """
 
 from __future__ import annotations
