@@ -18,7 +18,10 @@ SUBCOMMANDS = {
         "fastgpt.benchmarks.modern:command",
         "what came after GPT-2: RoPE, Muon, ... one by one, by loss",
     ),
-    "report": ("fastgpt.benchmarks.report:command", "a page about results and what changed, or about a training run"),
+    "report": (
+        "fastgpt.benchmarks.report:command",
+        "a page about results and what changed, or about a training run",
+    ),
     "summary": ("fastgpt.benchmarks.summary:command", "what a run found, as tables"),
 }
 

@@ -135,7 +135,7 @@ def draw(rows: Rows, curves: Curves) -> Drawing | None:
 
 
 def _column(key: str) -> Column:
-    form = "{:,}" if key in ("step", "tokens", "outliers") else "{:,.0f}" if key == "tokens_per_s" else "{:.5g}"
+    form = "{:,}" if key in ("step", "tokens", "outliers") else "{:,.5g}"
     return Column(key.replace("_", " "), number(lambda row: row.get(key), form.format), numeric=True)
 
 

@@ -2,10 +2,10 @@
 
     python tests/train/rehearse.py FOLDER        `make rehearse`; FOLDER must not exist, and is kept
 
-Python's own help texts become token shards of GPT-2's byte pair encoding. A small GPT-2 is trained on them by
-two processes under torchrun, one of which is killed; the run is resumed, evaluated, exported, and sampled here
-and by transformers. No network is needed. Every command is printed, then what was checked of its outcome; the
-first check that fails ends the rehearsal with status 1. FOLDER/log.txt has what the commands print.
+Python's own help texts become token shards of GPT-2's byte pair encoding. A small GPT-2 is trained on them
+by two processes under torchrun, one of which is killed; the run is resumed, evaluated, exported, and sampled
+here and by transformers. No network is needed. Every command is printed, then what was checked of its
+outcome; the first check that fails ends the rehearsal with status 1. FOLDER/log.txt has what they print.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from fastgpt.errors import InputError
 from fastgpt.metrics import read_metrics
 
 SHARD, VAL = 20_000, 8_192  # tokens
-STEPS, EVERY, LOG_EVERY = 80, 20, 5  # checkpoints and evaluations EVERY
-KILL_AT = 50  # a logged step after a checkpoint, so that steps are done again
+STEPS, EVERY, LOG_EVERY = 40, 10, 5  # checkpoints and evaluations EVERY
+KILL_AT = 25  # a logged step after a checkpoint, so that steps are done again
 MODEL = {"n-layer": 4, "n-head": 4, "n-embd": 128, "block-size": 128}
 BATCH = {"batch-size": 8, "micro-batch-size": 2}  # 4 rows for each process, in two micro-batches
 BETTER_BY = 2.0  # nats that the validation loss must fall below that of guessing, log(50257) = 10.8
