@@ -1,8 +1,8 @@
 """`fastgpt bench modern`: what came after GPT-2, one change at a time, by what a small budget buys.
 
-Every run has the budget of the preset char-cpu (its network, batch and schedule, fewer steps), and its loss
-is that over the whole validation split. Runs go seed by seed, a row is written after each, and rows that are
-in the file are not run again: what is cut off goes on with the same command.
+Every run has the preset char-cpu's batch and schedule, and its network unless options make that smaller, for
+fewer steps; its loss is that over the whole validation split. Runs go seed by seed, a row is written after
+each, and rows that are in the file are not run again: what is cut off goes on with the same command.
 
 `--tune` compares learning rates without the validation split: the training split's last tenth judges.
 """
@@ -42,7 +42,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "all, SwiGLU": ("modern-cpu", {"activation": "swiglu"}),
     "all, AdamW": ("modern-cpu", {"optimizer": "adamw"}),
 }
-KEY = ("variant", "split", "seed", "steps", "learning_rate", "muon_learning_rate")
+KEY = ("variant", "split", "n_layer", "n_embd", "seed", "steps", "learning_rate", "muon_learning_rate")
 FIELDS = (*KEY, "parameters", "mflops_per_token", "loss", "ms_per_step")
 
 
@@ -60,6 +60,10 @@ class ModernArgs:
     """One run of each variant for each seed."""
     steps: int = 500
     """Optimizer steps of a run."""
+    n_layer: int = preset("char-cpu").model.n_layer
+    """Blocks of the network: fewer for a machine with little time."""
+    n_embd: int = preset("char-cpu").model.n_embd
+    """Its width."""
     tune: tuple[float, ...] = ()
     """Compare these peak learning rates instead (of Muon, where a variant has it), on the training split."""
     times: bool = True
@@ -92,7 +96,9 @@ def run_modern(given: ModernArgs) -> None:
                     out_dir = Path(folder) / f"{len(done)}"
                     _append(given.out, key | _run(dataclasses.replace(config, out_dir=out_dir), given.times))
                     done.add(_key(key))
-    rows = [row for row in read(given.out) if row["split"] == _split(given)]
+    same = ("split", "n_layer", "n_embd", "steps")
+    asked = [str(value) for value in (_split(given), given.n_layer, given.n_embd, given.steps)]
+    rows = [row for row in read(given.out) if [row[name] for name in same] == asked]
     print(rates(rows) if given.tune else table(rows))
 
 
@@ -100,7 +106,8 @@ def _configs(given: ModernArgs) -> Iterator[tuple[str, TrainConfig]]:
     """Each variant, with each of the learning rates to compare."""
     for variant in given.variants:
         base, changes = VARIANTS[variant]
-        config = override(preset(base), changes, source=variant)
+        size = {"n_layer": given.n_layer, "n_embd": given.n_embd}
+        config = override(preset(base), {**changes, **size}, source=variant)
         config = dataclasses.replace(
             config,
             max_steps=given.steps,
@@ -137,6 +144,8 @@ def _row(given: ModernArgs, variant: str, config: TrainConfig) -> dict[str, Any]
     return {
         "variant": variant,
         "split": _split(given),
+        "n_layer": config.model.n_layer,
+        "n_embd": config.model.n_embd,
         "seed": config.seed,
         "steps": config.max_steps,
         "learning_rate": config.learning_rate,

@@ -21,7 +21,7 @@ MUTANTS = {
         ('float(run["loss"]) - base[run["seed"]]', 'float(run["loss"])'),
         ("eval_tokens=None,", ""),
         ("if trainer.steps_done < config.max_steps:", "if False:"),
-        ('row["split"] == _split(given)', "True"),
+        ("if [row[name] for name in same] == asked]", "]"),
     ],
 }
 
