@@ -329,7 +329,7 @@ def _gpt2(
 
 
 def _modern(config: TrainConfig, muon_learning_rate: float | None = None) -> TrainConfig:
-    """The same budget with what came after GPT-2: docs/modern.md measures what each change is worth."""
+    """The same budget with what came after GPT-2 (docs/modern.md)."""
     model = dataclasses.replace(
         config.model,
         position="rope",
