@@ -139,7 +139,7 @@ class Rehearsal:
         return out
 
     def prepare(self) -> None:
-        texts = [document.read() for document in open_corpus("pydocs").documents]
+        texts = [" ".join(document.read().split()) for document in open_corpus("pydocs").documents]
         lines = (json.dumps({"text": text}) + "\n" for text in texts)
         (self.folder / "corpus.jsonl").write_text("".join(lines))
         self.command(
