@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.util
 import os
 import re
@@ -121,7 +122,11 @@ def _triton_compiled(
     constants = {
         parameter.name: bound[parameter.name] for parameter in kernel.params if parameter.is_constexpr
     }
-    return triton.compile(source, target=target, options=parsed.__dict__), constants
+    # Triton's cache knows a kernel by its text: in another checkout, lines would be those of the first.
+    place = hashlib.sha256(kernel.fn.__code__.co_filename.encode()).hexdigest()[:16]
+    with triton.knobs.cache.scope():
+        triton.knobs.cache.dir = str(Path(triton.knobs.cache.dir) / f"inspect-{place}")
+        return triton.compile(source, target=target, options=parsed.__dict__), constants
 
 
 def require_triton() -> None:
