@@ -167,7 +167,7 @@ setup(
     package_dir={"fastgpt.kernels": "kernels", "fastgpt.benchmarks": "benchmarks"},
     package_data={
         "fastgpt": ["py.typed", "chips.yaml", "ops/measured.json"],
-        "fastgpt.benchmarks.report": ["page.*"],
+        "fastgpt.benchmarks.report": ["*.html", "*.css", "*.js"],
     },
     **extension(),
 )
