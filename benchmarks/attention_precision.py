@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator
@@ -26,12 +25,11 @@ import tyro
 from torch import Tensor
 
 from fastgpt import ops
+from fastgpt.benchmarks.study import ROOT, judged_at_the_end, record
 from fastgpt.config import preset
 from fastgpt.metrics import read_metrics
-from fastgpt.runtime import environment, resolve_device
 from fastgpt.train import train
 
-ROOT = Path(__file__).parent.parent
 LAST = 20  # logged losses that the table's gap is over
 
 
@@ -121,18 +119,12 @@ def attention(dtype: torch.dtype, attend: Callable[[Tensor], Tensor]) -> Iterato
 def run(name: str, args: Args, out_dir: Path, **changes: Any) -> dict[str, Any]:
     """Train once. Returns the logged training losses and gradient norms, and the last validation loss."""
     config = dataclasses.replace(
-        preset("char-cpu"),
+        judged_at_the_end(preset("char-cpu"), args.steps),
         corpus=args.corpus,
-        max_steps=args.steps,
         batch_size=args.batch_size,
         seed=args.seed,
         out_dir=out_dir,
-        device="cpu",
         precision="fp32",
-        eval_tokens=None,
-        eval_every=args.steps,
-        checkpoint_every=args.steps,
-        sample_tokens=0,
         **changes,
     )
     with attention(*CONTENDERS[name]):
@@ -184,13 +176,8 @@ def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
 
 def write(results: dict[str, dict[str, Any]], args: Args) -> None:
     """What is there so far: a long run that is cut short leaves its finished parts."""
-    found = environment(resolve_device("cpu"))
-    del found["command"]  # it names places on this machine
     settings = {"steps": args.steps, "batch_size": args.batch_size, "seed": args.seed}
-    record = {"kind": "measured", "environment": found, "settings": settings, "results": results}
-    path = ROOT / "benchmarks" / "results" / args.machine / "attention_precision.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    record(args.machine, "attention_precision", settings=settings, results=results)
     if len(results) > 1:
         plot(results, ROOT / "docs" / "images" / "attention-precision.png")
 

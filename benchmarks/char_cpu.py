@@ -9,7 +9,6 @@ loss is over the whole validation split. Writes results/NAME/char_cpu.json and d
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
 import tempfile
 from dataclasses import dataclass
@@ -18,13 +17,12 @@ from typing import Any
 
 import tyro
 
+from fastgpt.benchmarks.study import ROOT, record
 from fastgpt.cli import load_settings
 from fastgpt.config import TrainConfig
 from fastgpt.metrics import read_metrics
-from fastgpt.runtime import environment, resolve_device
 from fastgpt.train import train
 
-ROOT = Path(__file__).parent.parent
 SETTINGS = {
     "fastgpt char-cpu": "char-cpu",
     "nanoGPT's settings": str(ROOT / "examples/nanogpt-char-cpu.yaml"),
@@ -90,12 +88,7 @@ def main(args: Args) -> None:
             name: [run(settings, args.corpus, seed, Path(folder) / f"{number}-{seed}") for seed in args.seeds]
             for number, (name, settings) in enumerate(SETTINGS.items())
         }
-    machine = environment(resolve_device("cpu"))
-    del machine["command"]  # it names places on this machine
-    record = {"kind": "measured", "environment": machine, "results": results}
-    path = ROOT / "benchmarks" / "results" / args.machine / "char_cpu.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    record(args.machine, "char_cpu", results=results)
     plot(results, ROOT / "docs" / "images" / "char-cpu.png")
     for name, runs in results.items():
         print(f"{name:<20} {[r['val_loss'] for r in runs]} in {[r['train_seconds'] for r in runs]} s")

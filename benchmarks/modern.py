@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastgpt.benchmarks.study import judged_at_the_end
 from fastgpt.config import TrainConfig, override, preset
 from fastgpt.errors import InputError, TrainingStopped
 from fastgpt.files import read_text
@@ -108,15 +109,7 @@ def _configs(given: ModernArgs) -> Iterator[tuple[str, TrainConfig]]:
         base, changes = VARIANTS[variant]
         size = {"n_layer": given.n_layer, "n_embd": given.n_embd}
         config = override(preset(base), {**changes, **size}, source=variant)
-        config = dataclasses.replace(
-            config,
-            max_steps=given.steps,
-            device="cpu",
-            sample_tokens=0,
-            eval_tokens=None,
-            eval_every=given.steps,
-            checkpoint_every=given.steps,
-        )
+        config = judged_at_the_end(config, given.steps)
         tuned = "muon_learning_rate" if config.optimizer == "muon" else "learning_rate"
         for rate in given.tune or (getattr(config, tuned),):
             yield variant, override(config, {tuned: rate}, source=variant)

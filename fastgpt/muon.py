@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from fastgpt.config import TrainConfig
 from fastgpt.errors import InputError
 from fastgpt.ops.checks import check_at_least
-from fastgpt.optim import adamw, adamw_of
+from fastgpt.optim import adamw, adamw_of, closure_loss
 
 MOMENTUM = 0.95
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -101,10 +101,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update all parameters that have a gradient. Returns what `closure`, if given, returns."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = closure_loss(closure)
         for group in self.param_groups:
             lr, parts = group["lr"], group["parts"]
             for p in group["params"]:
@@ -139,10 +136,7 @@ class Joined(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step with each of them. Returns what `closure`, if given, returns."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = closure_loss(closure)
         for part in self.parts:
             part.step()
         return loss

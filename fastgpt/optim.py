@@ -139,10 +139,7 @@ class AdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update all parameters that have a gradient. Returns what `closure`, if given, returns."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = closure_loss(closure)
         batches = self._batches()
         grad_scale, found_inf = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
         norm = None
@@ -265,6 +262,14 @@ class AdamW(torch.optim.Optimizer):
                 state[name].copy_(saved[name])
             self.state[param] = state
         self._versions.clear()
+
+
+def closure_loss(closure: Callable[[], Any] | None) -> Any:
+    """What the closure given to an optimizer's `step`, which runs without gradients, returns with them."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
 
 
 def _check_group(group: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from fastgpt.chips import Chip
+from fastgpt.chips import PRECISIONS, Chip
 from fastgpt.config import GPTConfig, Parallel, Recompute, Weights
 from fastgpt.errors import InputError
 from fastgpt.model import GPT
@@ -105,9 +105,8 @@ def sizes(setup: Setup) -> Sizes:
 def _sizes(config: GPTConfig, parts: int) -> Sizes:
     model = on_meta(config)
 
-    def share(
-        module: nn.Module,
-    ) -> int:  # of the first rank; the last one gets what rows are left
+    def share(module: nn.Module) -> int:
+        """Of the first rank; the last one gets what rows are left."""
         return sum(math.ceil(p.shape[0] / parts) * math.prod(p.shape[1:]) for p in module.parameters())
 
     first = model.transformer.h[0]
@@ -383,10 +382,7 @@ def step(setup: Setup, chip: Chip, *, network: float | None = None) -> Step:
     Raises:
         InputError: the chip cannot compute in the precision, or nothing is known of the network.
     """
-    peak = chip.peak(setup.precision)
-    if peak is None:
-        able = ", ".join(name for name, value in chip.peaks.items() if value)
-        raise InputError(f"precision {setup.precision!r}: {chip.name} has {able}")
+    peak = known_peak(chip, setup.precision)
     network = chip.network if network is None else network
     forward = _seconds(operations(setup, backward=False), chip, peak)
     backward = _seconds(operations(setup, backward=True), chip, peak)
@@ -414,11 +410,18 @@ def step(setup: Setup, chip: Chip, *, network: float | None = None) -> Step:
     )
 
 
+def known_peak(chip: Chip, precision: str) -> float:
+    """Operations a second. Raises InputError where the chip cannot compute in the precision."""
+    peak = chip.peak(precision)
+    if peak is None:
+        able = ", ".join(name for name in PRECISIONS if chip.peak(name))
+        raise InputError(f"precision = {precision!r}: {chip.name} has {able}")
+    return peak
+
+
 def _optimizer(setup: Setup, chip: Chip) -> float:
     """AdamW and the norm of the gradients: bytes alone."""
-    size = sizes(setup)
-    gradient = torch.bfloat16 if setup.layout == "ddp" and setup.weights == "bf16" else torch.float32
-    copy = torch.bfloat16 if setup.layout == "ddp" and setup.weights == "bf16" else None
-    elements = size.share
+    elements, masters = sizes(setup).share, setup.layout == "ddp" and setup.weights == "bf16"
+    gradient, copy = (torch.bfloat16, torch.bfloat16) if masters else (torch.float32, None)
     update = adamw_cost(elements, torch.float32, gradient, copy=copy)
     return (update.bytes + norm_cost(elements, gradient).bytes) / chip.bandwidth

@@ -5,18 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from tyro.conf import Positional
 
-from fastgpt.chips import PRECISIONS, Chip, chip
-from fastgpt.config import GPTConfig, Parallel, Recompute, TrainConfig, Weights
+from fastgpt.chips import Chip, chip
+from fastgpt.config import Parallel, Recompute, TrainConfig, Weights
 from fastgpt.errors import InputError
 
 if TYPE_CHECKING:
     from fastgpt.plan import Exchange, Memory, Setup, Step
 
-LAYOUTS: tuple[Parallel, ...] = ("ddp", "zero1", "fsdp", "hsdp")
+# What is planned: of another network, what it keeps for backward is not counted.
+PLANNED = {
+    "position": ("learned",),
+    "norm": ("layer_norm",),
+    "qk_norm": (False,),
+    "activation": ("gelu_tanh", "gelu_erf"),
+}
 
 
 @dataclass
@@ -119,10 +125,12 @@ def plan(given: PlanArgs, config: TrainConfig, device: Chip) -> list[Column]:
     """
     from fastgpt import plan as computed
 
-    for name in ("position", "norm", "qk_norm", "activation"):  # what they keep for backward is not counted
-        value, known = getattr(config.model, name), getattr(GPTConfig(), name)
-        if value != known and value != "gelu_erf":
-            raise InputError(f"{name} = {value!r}: only networks like GPT-2, with {known!r}, can be planned")
+    for name, known in PLANNED.items():
+        if (value := getattr(config.model, name)) not in known:
+            with_these = " or ".join(map(repr, known))
+            raise InputError(
+                f"{name} = {value!r}: only networks like GPT-2, with {with_these}, can be planned"
+            )
     if config.optimizer != "adamw":
         raise InputError(f"optimizer = {config.optimizer!r}: only runs with adamw can be planned")
     batch = given.batch_size or config.batch_size
@@ -134,7 +142,7 @@ def plan(given: PlanArgs, config: TrainConfig, device: Chip) -> list[Column]:
             f"micro_batch_size = {given.micro_batch_size}: a rank has only {share} sequences of a step"
         )
     columns = []
-    for layout in LAYOUTS:
+    for layout in get_args(Parallel):
         if layout == "hsdp" and given.gpus <= given.gpus_per_node:
             continue
         if layout != "ddp" and given.gpus == 1:
@@ -166,15 +174,15 @@ def _precision(given: PlanArgs, config: TrainConfig, device: Chip) -> str:
     Raises:
         InputError: bf16 weights in another precision, or a precision that the chip does not have.
     """
+    from fastgpt.plan import known_peak
+
     weights = given.weights or config.weights
     name = given.precision or config.precision
     if name == "auto":
         name = "bf16" if weights == "bf16" or device.peak("bf16") else "fp32"
     if weights == "bf16" and name != "bf16":
         raise InputError(f"precision = {name!r}: it must be bf16, as weights is")
-    if device.peak(name) is None:
-        able = ", ".join(p for p in PRECISIONS if device.peak(p))
-        raise InputError(f"precision = {name!r}: {device.name} has {able}")
+    known_peak(device, name)
     return name
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from tyro.conf import Positional
 
 from fastgpt.config import TokenizerName, TrainConfig
+from fastgpt.data.shards import SHARD_TOKENS, read_record
 from fastgpt.errors import InputError
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class PrepareArgs:
     val_tokens: int | None = None
     """Of data sets and data files: how many tokens at the beginning are for validation; by default a whole
     shard. With text, it is streamed in the same way, instead of val_fraction."""
-    shard_tokens: int = 100_000_000
+    shard_tokens: int = SHARD_TOKENS
     """Tokens per file."""
     max_tokens: int | None = None
     """Stop after so many tokens, validation included."""
@@ -103,7 +104,6 @@ def _open(given: PrepareArgs) -> tuple[Corpus | Source, Path]:
     """What to prepare, and where."""
     from fastgpt.data import data_files, file_source, hub_source, is_hub_name, open_corpus, text_source
     from fastgpt.data.hub import short_name, subset_of
-    from fastgpt.data.shards import read_record
 
     if is_hub_name(given.corpus):
         _check(given, HUB)

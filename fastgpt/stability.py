@@ -61,7 +61,6 @@ class Guard:
         # Values that entered the window, outliers, outliers in a row, the step at which `stop` stopped, or 0.
         self._counts = torch.zeros(4, dtype=torch.int64, device=device)
         self._reported = 0
-        self._step = 0
         self._unchecked: list[tuple[int, Tensor, Tensor]] = []
 
     @property

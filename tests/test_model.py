@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from gradients import assert_gradients
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastgpt import GPT, GPTConfig
@@ -134,21 +135,7 @@ def test_gradients_of_the_whole_model_in_float64(activation: str, bias: bool) ->
             p.add_(torch.randn_like(p) * 0.3)
     x, y = tokens(config), tokens(config, seed=1)
 
-    def loss() -> torch.Tensor:
-        return model(x, y, return_logits=False)[1]
-
-    loss().backward()
-    for name, p in model.named_parameters():
-        direction = torch.randn_like(p)
-        h = 1e-6
-        with torch.no_grad():
-            p.add_(h * direction)
-            up = loss()
-            p.sub_(2 * h * direction)
-            down = loss()
-            p.add_(h * direction)
-        slope = (p.grad * direction).sum()
-        torch.testing.assert_close(slope, (up - down) / (2 * h), rtol=1e-6, atol=1e-8, msg=name)
+    assert_gradients(model, lambda: model(x, y, return_logits=False)[1], rtol=1e-6, atol=1e-8)
 
 
 def test_overfits_one_batch() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from gradients import assert_gradients
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from weights import sharp
@@ -140,21 +141,7 @@ def test_logits_are_those_of_another_way_to_write_it(changes: dict[str, Any]) ->
 def test_gradients_in_float64(changes: dict[str, Any]) -> None:
     """Every parameter against central differences of the loss, in a random direction."""
     model, x, y = model_with(changes), tokens(), tokens(seed=1)
-
-    def loss() -> Tensor:
-        return model(x, y, return_logits=False)[1]
-
-    loss().backward()
-    for name, p in model.named_parameters():
-        direction, h = torch.randn_like(p), 1e-6
-        with torch.no_grad():
-            p.add_(h * direction)
-            up = loss()
-            p.sub_(2 * h * direction)
-            down = loss()
-            p.add_(h * direction)
-        slope = (p.grad * direction).sum()
-        torch.testing.assert_close(slope, (up - down) / (2 * h), rtol=1e-5, atol=1e-7, msg=name)
+    assert_gradients(model, lambda: model(x, y, return_logits=False)[1], rtol=1e-5, atol=1e-7)
 
 
 def test_scores_of_turned_vectors_depend_on_their_distance_alone() -> None:

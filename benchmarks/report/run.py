@@ -17,6 +17,7 @@ from fastgpt.benchmarks.report.tables import Column, Table, number
 from fastgpt.config import CONFIG
 from fastgpt.errors import InputError
 from fastgpt.metrics import KEYS, METRICS, read_metrics
+from fastgpt.stability import GROUPS
 
 TEMPLATE = "run.html"
 MARKED = 60  # points, above which a line alone is clearer
@@ -46,7 +47,7 @@ CURVES = (
         "grad-norms",
         "Gradient norms by group",
         "norm",
-        {f"grad_norm_{group}": group for group in ("embedding", "attention", "mlp", "norm")},
+        {f"grad_norm_{group}": group for group in GROUPS},
         log=True,
     ),
     Curves("logits", "Logits", "", {"max_logit": "largest", "log_sum_exp": "log-sum-exp"}),

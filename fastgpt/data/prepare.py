@@ -98,14 +98,19 @@ def description(tokenizer: str | Tokenizer) -> str | dict[str, Any]:
     return tokenizer.to_json() if isinstance(tokenizer, CharTokenizer) else tokenizer.name
 
 
+def occupied(folder: Path) -> InputError:
+    """For a folder that holds anything else than what is to be written."""
+    return InputError(
+        f"{folder} exists and holds something else than these tokens: remove it, or name another folder"
+    )
+
+
 def _holds(folder: Path, record: dict[str, Any]) -> bool:
     """Whether `folder` is the result for `record`; `InputError` if it holds anything else."""
     if read_record(folder) == record:
         return True
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise InputError(
-            f"{folder} exists and holds something else than these tokens: remove it, or name another folder"
-        )
+        raise occupied(folder)
     return False
 
 

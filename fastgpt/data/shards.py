@@ -43,8 +43,7 @@ class ShardWriter:
     """
 
     def __init__(self, folder: str | Path, split: str, shard_tokens: int, first_shard: int = 0) -> None:
-        if not 0 < shard_tokens < 1 << 31:
-            raise InputError(f"shard_tokens is {shard_tokens}: a shard holds 1 to 2^31 - 1 tokens")
+        check_shard_tokens("shard_tokens", shard_tokens)
         self.folder = Path(folder)
         self.split = split
         self.shard_tokens = shard_tokens
@@ -96,6 +95,12 @@ class ShardWriter:
             self.close()
         else:
             self._stack.__exit__(kind, error, trace)
+
+
+def check_shard_tokens(name: str, value: int) -> None:
+    """Raises `InputError` for what no shard can hold; `name` is of the option that says how many tokens."""
+    if not 0 < value < 1 << 31:
+        raise InputError(f"{name} is {value}: a shard holds 1 to 2^31 - 1 tokens")
 
 
 def shard_path(folder: Path, split: str, number: int) -> Path:

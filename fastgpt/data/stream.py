@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastgpt.data.encode import Piece, cut, encode_all, processes
-from fastgpt.data.prepare import description, separator
+from fastgpt.data.prepare import description, occupied, separator
 from fastgpt.data.shards import (
     RECORD_FILE,
     SHARD_TOKENS,
     ShardWriter,
+    check_shard_tokens,
     read_record,
     read_shard,
     shard_path,
@@ -89,9 +90,8 @@ def prepare_stream(
 
 
 def _check(tokenizer: str | Tokenizer, shard_tokens: int, val_tokens: int, max_tokens: int | None) -> None:
-    for name, value in (("shard_tokens", shard_tokens), ("val_tokens", val_tokens)):
-        if not 0 < value < 1 << 31:
-            raise InputError(f"{name} is {value}: a shard holds 1 to 2^31 - 1 tokens")
+    check_shard_tokens("shard_tokens", shard_tokens)
+    check_shard_tokens("val_tokens", val_tokens)
     if max_tokens is not None and max_tokens <= val_tokens:
         raise InputError(f"max_tokens is {max_tokens}: expected more than the {val_tokens} for validation")
     if tokenizer == "char":
@@ -145,9 +145,7 @@ def _progress(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
         return start  # killed before the first shard was complete
     others = [path for path in folder.iterdir() if not path.name.startswith(".")]
     if others and record.keys() != settings.keys():
-        raise InputError(
-            f"{folder} exists and holds something else than these tokens: remove it, or name another folder"
-        )
+        raise occupied(folder)
     for name, value in record.items():
         if value != settings[name]:
             raise InputError(
