@@ -35,6 +35,7 @@ _OPERATIONS = {
     "gelu": "gelu",
     "bias_gelu": "gelu",
     "linear_gelu": "gelu",
+    "linear": "matmul",
     "attention": "attention",
     "embedding": "embedding",
     "cross_entropy": "classifier",
