@@ -38,8 +38,8 @@ CHUNK_ROWS = 4096  # of linear_cross_entropy
 # between blocks. An assumption, not a measurement.
 RESERVE = 2 << 30
 # C values a token beside what is kept, while the MLP's backward pass runs: the gradients of the residual
-# stream (1), of GELU's output (4), of its input (4) and of the MLP's (1), less GELU's output (4), which is not
-# needed any more. Where that alone is computed again, it is not there to be freed; with the whole block the
+# stream (1), of GELU's output (4), of its input (4) and of the MLP's (1), less GELU's output (4), which is no
+# longer needed. Where that alone is computed again, it is not there to be freed; with the whole block the
 # MLP's output (1) is there again too.
 _BACKWARD_WIDTHS = {"none": 6, "gelu": 10, "block": 7}
 

@@ -127,8 +127,8 @@ def keep_freed_memory() -> None:
     """Have the C library keep what the process frees, for it to use again.
 
     Otherwise activations go back to the system in each step, and come again as pages to be zeroed, one by
-    one: a quarter of a small model's step (docs/cpu.md). Blocks of 32 MB and more are given back all the same.
-    Only glibc has such a switch; elsewhere nothing changes.
+    one: a quarter of a small model's step (docs/cpu.md). Blocks of 32 MB and more are given back all the
+    same. Only glibc has such a switch; elsewhere nothing changes.
     """
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "gnu_get_libc_version"):

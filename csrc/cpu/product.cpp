@@ -7,6 +7,7 @@
 #include <ATen/Context.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/mm.h>
+#include <ATen/record_function.h>
 
 #include "cpu/isa.h"
 
@@ -37,7 +38,10 @@ bool by_onednn(const Tensor& out, const Tensor& a, const Tensor& b) {
 
 void multiply_into(const Tensor& out, const Tensor& a, const Tensor& b, bool add) {
 #if defined(FASTGPT_X86) && defined(__linux__)
-  if (by_onednn(out, a, b)) return at::native::mkldnn_matmul(a, b, out, add ? 1.0f : 0.0f, 1.0f);
+  if (by_onednn(out, a, b)) {
+    RECORD_FUNCTION("fastgpt::multiply", c10::ArrayRef<const c10::IValue>());  // for the profiler
+    return at::native::mkldnn_matmul(a, b, out, add ? 1.0f : 0.0f, 1.0f);
+  }
 #endif
   Tensor result = out;
   if (add)
