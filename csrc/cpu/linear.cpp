@@ -27,7 +27,7 @@ Tensor column_sums(const Tensor& x) {
     using T = decltype(type);
     const auto loop = FASTGPT_CHOOSE(sum_rows<T>);
     const int64_t grain = kGrain / std::max<int64_t>(width * blocks.size, 1) + 1;
-    at::parallel_for(0, blocks.count, grain, [&](int64_t first, int64_t last) {
+    parallel_for(0, blocks.count, grain, [&](int64_t first, int64_t last) {
       for (int64_t block = first; block < last; ++block)
         loop(const_data<T>(x) + blocks.begin(block) * width, data<float>(sums) + block * width,
              blocks.end(block) - blocks.begin(block), width);

@@ -31,7 +31,7 @@ void add_product(const Tensor& total, const Tensor& dl, const Tensor& x, const T
     const int64_t end = std::min(v + kProductRows, total.size(0));
     const Tensor part = product.slice(0, 0, end - v);
     multiply_into(part, dl.slice(1, v, end).t(), x);
-    at::parallel_for(0, part.numel(), kGrain, [&](int64_t begin, int64_t stop) {
+    parallel_for(0, part.numel(), kGrain, [&](int64_t begin, int64_t stop) {
       loop(const_data<BFloat16>(part), data<float>(total) + v * width, first, begin, stop);
     });
   }
@@ -92,7 +92,7 @@ Tensor backward(const Tensor& gradient, const std::optional<Tensor>& dloss, cons
       using T = decltype(from);
       using U = decltype(to);
       const auto loop = FASTGPT_CHOOSE(scale<T, U>);
-      at::parallel_for(0, x.numel(), kGrain, [&](int64_t begin, int64_t end) {
+      parallel_for(0, x.numel(), kGrain, [&](int64_t begin, int64_t end) {
         loop(const_data<T>(x), data<U>(y), factor, begin, end);
       });
     });
