@@ -32,8 +32,8 @@ def test_equations(with_bias: bool) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-# one row, off every tile, GPT-2's widths: several tiles and threads
-@pytest.mark.parametrize("shape", [(1, 33, 7), (197, 65, 129), (300, 768, 2304)], ids=str)
+# one row, off every tile, GPT-2's widths: several tiles and threads, and long sums
+@pytest.mark.parametrize("shape", [(1, 33, 7), (197, 65, 129), (300, 768, 2304), (300, 3072, 768)], ids=str)
 def test_strides(shape: tuple[int, int, int], dtype: torch.dtype, backend: str) -> None:
     """Transposed weights (Conv1D's), rows with gaps and expanded gradients, as accurate as PyTorch's."""
     rows, k, n = shape
