@@ -21,8 +21,8 @@ __attribute__((weak)) void mkldnn_matmul(const Tensor& a, const Tensor& b, const
 namespace fastgpt {
 namespace {
 
-// oneDNN adds up long dot products one by one; MKL adds sums of a few hundred, which rounds less. With so many
-// at a time the error is about MKL's; all at once it is 2.4 times that for 3072.
+// oneDNN adds up long dot products one by one; MKL adds sums of a few hundred, which rounds less. With so
+// many at a time the error is about MKL's; all at once it is 2.4 times that for 3072.
 constexpr int64_t kDepth = 256;
 
 bool dense(const Tensor& x) { return x.stride(0) == 1 || x.stride(1) == 1; }
