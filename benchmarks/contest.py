@@ -34,6 +34,7 @@ YARDSTICKS: dict[Precision, Recipe] = {
     "autocast": Recipe("yardstick", "bf16", optimizer="fastgpt"),
     "bf16": Recipe("yardstick", "bf16", optimizer="fastgpt"),
 }
+SAMPLE_S = 0.2  # on a CPU: in training steps follow each other, and one after another contender's is cold
 FLOOR = 16 * torch.finfo(torch.float32).eps  # of the first loss: for sums of fp32 in another order
 
 
@@ -245,7 +246,14 @@ def _first_steps(entry: Entry, case: Case) -> None:
 
 def _time_together(entries: list[Entry], case: Case, baseline: str) -> None:
     calls = {entry.recipe.name: entry.step for entry in entries if entry.step is not None}
-    timings = measure(calls, device=case.device, budget_s=case.seconds(), baseline=baseline, memory=False)
+    timings = measure(
+        calls,
+        device=case.device,
+        budget_s=case.seconds(),
+        baseline=baseline,
+        sample_s=SAMPLE_S,
+        memory=False,
+    )
     for entry in entries:
         _take_over(entry, timings[entry.recipe.name])
 
