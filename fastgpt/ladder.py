@@ -357,8 +357,8 @@ def layer_norm(vocab_size: int, settings: Settings) -> Transformer:
 
 # -- rung 9: scaled up, with dropout -------------------------------------------------------------------------
 
-# The body is that of rung 8. The lecture's size takes minutes on a GPU and most of a day on two CPU cores;
-# the reduced one is for a CPU. So small a network does not overfit in so few steps: it needs less dropout.
+# The network is that of rung 8. The lecture's size is for a GPU: 5000 steps of 1.2e12 operations. The reduced
+# one is for a CPU; so small a network overfits little in so few steps, and needs less dropout.
 LECTURE = Settings(
     block_size=256,
     batch_size=64,
@@ -374,13 +374,13 @@ REDUCED = Settings(
 )
 
 
-# -- exercise EX1: the heads as one tensor -------------------------------------------------------------------
+# -- the lecture's exercise EX1: the heads as one tensor -----------------------------------------------------
 
 
 class BatchedHeads(nn.Module):
     """ProjectedHeads without its loop: heads are one more dimension, which products treat as they do B.
 
-    H times fewer calls, and the three projections of all heads are one matrix product.
+    H times fewer calls, and the queries, keys and values of all heads come from one matrix product.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -446,7 +446,7 @@ RUNGS = {
 # - its heads are batched as in EX1, and q, k and v have biases, as GPT-2's have;
 # - GPT-2's activation is GELU (GPTConfig(activation="relu") gives this one);
 # - the classifier is the token embedding itself, without a bias (tied_head), and rows are added to the
-#   vocabulary, so that its size is a multiple of 128;
+#   vocabulary, so that its size is a multiple of 128; dropout follows the embeddings too;
 # - weights start from normal(0, 0.02), smaller where they lead into the residual stream, which sums n_layer
 #   times two parts (_init_weights), and not from PyTorch's defaults;
 # - attention, LayerNorm with the residual addition before it, GELU and the loss are operations of
