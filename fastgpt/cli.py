@@ -1,4 +1,4 @@
-"""The command line: `fastgpt prepare | train | plan | sample | eval | export | bench | inspect | info`."""
+"""The command line: `fastgpt COMMAND ...`; all commands are in COMMANDS."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ fastgpt: train GPT-2 with hand-written kernels
   fastgpt sample RUN --prompt TEXT       write text with a trained model
   fastgpt eval RUN [--task NAME]         loss on validation text, HellaSwag, LAMBADA, or any text file
   fastgpt export RUN --to hf --out FOLDER  for transformers, or --to llmc
+  fastgpt ladder [--rung NAME | --all]   the lecture "Let's build GPT" step by step, beside its losses
   fastgpt bench SUITE [options]          measure; `fastgpt bench` lists the suites
   fastgpt inspect KERNEL --chip h100     a kernel's machine code and its limit on a chip, without a GPU
   fastgpt info                           what runs here and why: the first attachment of a bug report
@@ -261,6 +262,12 @@ def export_command(args: Sequence[str]) -> None:
     command(args)
 
 
+def ladder_command(args: Sequence[str]) -> None:
+    from fastgpt.ladder_command import command
+
+    command(args)
+
+
 # -- bench ---------------------------------------------------------------------------------------------------
 
 
@@ -294,6 +301,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "sample": sample_command,
     "eval": eval_command,
     "export": export_command,
+    "ladder": ladder_command,
     "bench": bench_command,
     "inspect": inspect_command,
     "info": info_command,
