@@ -334,8 +334,8 @@ def attention_forward(
         num_stages=config.stages,
         maxnreg=most_registers(
             q,
-            crowded=seed is not None or Tq <= FEW_QUERIES or q.dtype == torch.float32,
-            windowed=windowed,
+            crowded=seed is not None or Tq <= FEW_QUERIES or windowed or q.dtype == torch.float32,
+            widest=80 if seed is not None and windowed else 48,
         ),
     )
     if parts is not None:

@@ -410,7 +410,7 @@ def attention_backward(
     inputs = *strides(q), *strides(k), *strides(v)
     sizes = H, Tq, Tk, window if windowed else Tk, D**-0.5 if scale is None else scale, dropout_p
     constants = {"D": D, "BLOCK_D": block_d(D), "WINDOWED": windowed}
-    registers = most_registers(q, crowded=seed is not None, windowed=windowed)
+    registers = most_registers(q, crowded=seed is not None or windowed)
     dropout = None if seed is None else QUERIES_DROPOUT
     # At 48 a second stage spills on sm_120, and with Triton 3.8 at 64 too.
     if dropout is not None and (block_d(D) > D or chip(q.device).family == 120):
