@@ -26,6 +26,7 @@ from torch import Tensor
 
 from fastgpt.benchmarks.results import Status
 from fastgpt.errors import InputError
+from fastgpt.runtime import keep_freed_memory
 
 Call = Callable[[], object]
 Clock = Callable[[], float]
@@ -362,7 +363,8 @@ def random_tensor(
 
 @contextlib.contextmanager
 def working(device: torch.device, threads: int | None = None) -> Iterator[None]:
-    """What `measure` wants around it: on a CPU pinned threads, on a GPU a stream of its own.
+    """What `measure` wants around it: on a GPU a stream of its own, on a CPU pinned threads, and a C library
+    that keeps freed memory, for all contenders and from here on, as `fastgpt train` has it.
 
     Args:
         threads: of a CPU; by default one for each core that this process may use.
@@ -376,6 +378,7 @@ def working(device: torch.device, threads: int | None = None) -> Iterator[None]:
             yield
         stream.synchronize()
         return
+    keep_freed_memory()
     with _pinned(threads):
         yield
 

@@ -81,7 +81,7 @@ class GPTConfig:
 
 TokenizerName = Literal["char", "byte", "gpt2"]
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
-Weights = Literal["fp32", "bf16"]
+Weights = Literal["auto", "fp32", "bf16"]
 Recompute = Literal["none", "gelu", "block"]
 Parallel = Literal["ddp", "zero1", "fsdp", "hsdp"]
 GuardAction = Literal["off", "warn", "skip", "stop"]
@@ -147,10 +147,10 @@ class TrainConfig:
     """auto (cuda, else mps, else cpu), or a device by name."""
     precision: Precision = "auto"
     """fp32, tf32 (fp32 with TensorFloat-32 matmuls), bf16 or fp16 (autocast; fp16 with a gradient scaler).
-    auto is bf16 on GPUs that have it and fp32 elsewhere."""
-    weights: Weights = "fp32"
+    auto is bf16 on GPUs that have it and on CPUs that multiply it, and fp32 elsewhere."""
+    weights: Weights = "auto"
     """What the network holds: fp32, cast by autocast in each step, or bf16, with the optimizer updating fp32
-    master weights that checkpoints keep."""
+    master weights that checkpoints keep. auto is bf16 on a CPU that computes in bf16, and fp32 elsewhere."""
     recompute: Recompute = "none"
     """What backward computes again instead of keeping it: nothing, the outputs of GELU, or whole blocks."""
     compile: bool = False
@@ -230,7 +230,7 @@ class TrainConfig:
         if self.parallel != "ddp":
             _require(self.precision != "fp16", "precision", "fp16", f"bf16 or fp32 with {self.parallel}")
         if self.optimizer == "muon":  # no fp32 masters, whole matrices, no step that the device may leave out
-            _require(self.weights == "fp32", "weights", self.weights, "fp32 with optimizer = 'muon'")
+            _require(self.weights != "bf16", "weights", self.weights, "fp32 with optimizer = 'muon'")
             _require(self.parallel == "ddp", "parallel", self.parallel, "ddp with optimizer = 'muon'")
             _require(
                 self.guard in ("off", "warn"), "guard", self.guard, "off or warn with optimizer = 'muon'"

@@ -63,10 +63,12 @@ class Trainer:
         self.config, self.data, self.out_dir = config, data, out_dir
         self.world = world or World(runtime.resolve_device(config.device))
         self.device = self.world.device
-        self.precision = runtime.resolve_precision(config.precision, self.device, config.weights)
+        self.precision = runtime.resolve_precision(
+            config.precision, self.device, config.weights, masters=config.optimizer == "adamw"
+        )
         self.model = model.to(self.device)
         self.model.recompute(config.recompute)
-        self.parallel = sharding.arranged(self.model, self.world, config.parallel, config.weights)
+        self.parallel = sharding.arranged(self.model, self.world, config.parallel, self.precision.weights)
         self.network: Callable[..., Any] = torch.compile(self.parallel) if config.compile else self.parallel
         self.optimizer = optimizer_for(self.model, config)
         self.scaler = self.precision.scaler(shared=self.world.size > 1)
@@ -325,6 +327,8 @@ def train(config: TrainConfig) -> Trainer:
     if config.out_dir is None:
         raise InputError("out_dir is not set: name the folder for the run")
     with distributed.joined(config.device, config.timeout_minutes) as world:
+        if world.device.type == "cpu":
+            runtime.keep_freed_memory()
         out_dir = world.from_main(config.out_dir)  # its name may hold the time
         trainer = _trainer(dataclasses.replace(config, out_dir=out_dir), out_dir, world)
         if world.main:
