@@ -80,9 +80,10 @@ def test_every_step_is_true(op: str, given: tuple[int, int, int]) -> None:
 @given(operands())
 def test_a_difference_is_turned_round_where_it_is_negative(given: tuple[int, int, int]) -> None:
     a, b, digits = given
-    head = calculation("-", a, b, digits).steps.split(":")[0]
+    head, body = calculation("-", a, b, digits).steps.removesuffix("=").split(":")
     turned = f"<{b:0{digits}}-{a:0{digits}}" if a < b else ""
     assert head == f"{a:0{digits}}-{b:0{digits}}{turned}"
+    assert int("".join(step[-1] for step in reversed(body.split(",")))) == abs(a - b)
 
 
 @given(operands())
