@@ -358,7 +358,7 @@ _ADDITION = TrainConfig(
 )
 _CALCULATOR = dataclasses.replace(
     _ADDITION,
-    model=_modern(TrainConfig(model=GPTConfig(block_size=160, n_layer=3, n_head=4, n_embd=128))).model,
+    model=GPTConfig(block_size=160, n_layer=3, n_head=4, n_embd=128),
     corpus="calculator",
     max_steps=2000,
     batch_size=32,
@@ -368,7 +368,7 @@ _CALCULATOR = dataclasses.replace(
 
 PRESETS: dict[str, TrainConfig] = {
     "addition": _ADDITION,
-    "calculator": _CALCULATOR,
+    "calculator": _modern(_CALCULATOR, 1.6e-2),
     "char-cpu": _CHAR_CPU,
     "modern-cpu": _modern(_CHAR_CPU, 1.6e-2),  # chosen on the training split: docs/modern.md
     "char": _CHAR,
