@@ -17,11 +17,12 @@ ROOT = Path(__file__).parent.parent
 
 
 def judged_at_the_end(config: TrainConfig, steps: int) -> TrainConfig:
-    """`steps` on the CPU, and then the loss over the whole validation split."""
+    """`steps` on the CPU in fp32, everywhere alike, and then the loss over the whole validation split."""
     return dataclasses.replace(
         config,
         max_steps=steps,
         device="cpu",
+        precision="fp32",
         sample_tokens=0,
         eval_tokens=None,
         eval_every=steps,

@@ -99,6 +99,7 @@ def measure(
     min_rounds: int = 7,
     max_rounds: int = 200,
     warmup_s: float = 0.1,
+    sample_s: float = MIN_SAMPLE_S,
     control: bool = True,
     memory: bool = True,
     seed: int = 0,
@@ -113,6 +114,7 @@ def measure(
             at most `max_rounds`.
         baseline: the one that ratios compare with; the first by default. Without its time there are none.
         warmup_s: how long each is called before anything counts.
+        sample_s: of a CPU, how long a sample is at least, of calls one after another.
         control: time the baseline twice in each round; see `Timing.ratios`.
         memory: find the peak memory, with one call more.
         seed: of the orders.
@@ -129,7 +131,7 @@ def measure(
     baseline = next(iter(contenders)) if baseline is None else baseline
     if baseline not in contenders:
         raise InputError(f"baseline = {baseline!r}: it must be one of {', '.join(contenders)}")
-    stopwatch = _CudaStopwatch(device) if device.type == "cuda" else _Stopwatch(clock)
+    stopwatch = _CudaStopwatch(device) if device.type == "cuda" else _Stopwatch(clock, sample_s)
     lanes = {name: _Lane(_as_list(calls), stopwatch, name) for name, calls in contenders.items()}
     for lane in lanes.values():
         lane.attempt(functools.partial(lane.prepare, warmup_s, clock, device if memory else None))
@@ -214,8 +216,8 @@ def _timing(name: str, lanes: Mapping[str, _Lane], baseline: str) -> Timing:
 class _Stopwatch:
     """Times calls on a CPU by a clock."""
 
-    def __init__(self, clock: Clock) -> None:
-        self.clock = clock
+    def __init__(self, clock: Clock, sample_s: float = MIN_SAMPLE_S) -> None:
+        self.clock, self.sample_s = clock, sample_s
 
     def seconds(self, calls: Sequence[Call]) -> float:
         """How long these calls take, one after another."""
@@ -230,7 +232,7 @@ class _Stopwatch:
 
     def repeats(self, seconds: float) -> int:
         """How many calls make one sample."""
-        return max(1, math.ceil(MIN_SAMPLE_S / max(seconds, 1e-9)))
+        return max(1, math.ceil(self.sample_s / max(seconds, 1e-9)))
 
 
 class _CudaStopwatch(_Stopwatch):

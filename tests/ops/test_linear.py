@@ -32,8 +32,8 @@ def test_equations(with_bias: bool) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-# one row, off every tile, GPT-2's widths: several tiles and threads
-@pytest.mark.parametrize("shape", [(1, 33, 7), (197, 65, 129), (300, 768, 2304)], ids=str)
+# one row, off every tile, GPT-2's widths: several tiles and threads, and long sums
+@pytest.mark.parametrize("shape", [(1, 33, 7), (197, 65, 129), (300, 768, 2304), (300, 3072, 768)], ids=str)
 def test_strides(shape: tuple[int, int, int], dtype: torch.dtype, backend: str) -> None:
     """Transposed weights (Conv1D's), rows with gaps and expanded gradients, as accurate as PyTorch's."""
     rows, k, n = shape
@@ -99,11 +99,11 @@ def test_dtypes_must_agree() -> None:
 
 MUTANTS = {
     "csrc/cpu/linear.cpp": [
-        ("dw = multiply(g.t(), as_matrix(x));", "dw = multiply(g.t(), as_matrix(x) * 2);"),
+        ("dw = multiply(g.t(), as_matrix(x));", "dw = multiply(g.t(), as_matrix(x).flip(0));"),
         ("if (need_db) db = column_sums(g);", "if (need_db) db = column_sums(g.slice(0, 0, g.size(0) / 2));"),
     ],
     "csrc/cpu/product.cpp": [
-        ("out.copy_(bias->expand_as(out))", "out.copy_(bias->expand_as(out) * 2)"),
+        ("out.copy_(bias->expand_as(out))", "out.copy_(bias->expand_as(out).neg())"),
     ],
     "csrc/cpu/loops/sum_rows.h": [
         ("out[c] = 0.0f", "out[c] += 0.0f"),

@@ -38,7 +38,7 @@ MUTANTS = {
         ('"gelu": 8, "block": 0}[setup.recompute]', '"gelu": 12, "block": 0}[setup.recompute]'),
         ("(c.n_layer - 1) * width * a", "c.n_layer * width * a"),
         ("logits = a * (", "logits = 2 * a * ("),
-        ("_BACKWARD_WIDTHS = 11", "_BACKWARD_WIDTHS = 30"),
+        ('"none": 6, "gelu": 10', '"none": 20, "gelu": 10'),
         ("math.ceil(p.shape[0] / parts)", "p.shape[0] // parts"),
         ("n_layer * size.block_share", "n_layer * size.block"),
         ("times=setup.micro_batches", "times=1"),

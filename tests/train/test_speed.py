@@ -45,7 +45,10 @@ MUTANTS = {
     "fastgpt/optim.py": [("max_grad_norm=config.grad_clip or math.inf, **options)", "**options)")],
     "fastgpt/runtime.py": [
         ("    gc.disable()\n", ""),
-        ("libc.mallopt(trim_threshold, 1 << 30)", "pass"),
+        (
+            "    libc.mallopt(mmap_threshold, 32 << 20)\n    libc.mallopt(trim_threshold, 1 << 30)\n",
+            "",
+        ),
         (" and masters)\n", ")\n"),
     ],
 }
