@@ -8,12 +8,14 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
+import cuda_emulator
 import pytest
 
 from fastgpt import ops
@@ -39,7 +41,7 @@ SMALL = {
 }
 # What stands after them, and wins: recipes of make have budgets of minutes.
 LIMITS = {"bench generate": "--budget 0.5", "bench train": "--budget 1"}
-SHELL = ("python", "pytest", "g++", "mkdir", "cp", "ls")  # what is run by bash, as it stands in the page
+SHELL = ("python", "pytest", "g++", "mkdir", "ls")  # what bash runs, as it stands; and ./programs
 SECONDS = 900
 
 
@@ -88,7 +90,8 @@ def environment(**more: str) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
     }
-    return {**inherited, **paths, **more}
+    toolkit = {"CUDA_HOME": str(include.parent)} if (include := cuda_emulator.toolkit()) else {}
+    return {**toolkit, **inherited, **paths, **more}
 
 
 def run_page(page: Path, compiler: Compiler, *, slow: bool = False) -> None:
@@ -154,12 +157,19 @@ def _run_command(block: Block, command: Command, compiler: Compiler, slow: bool)
         for word in options[len(_name(options)) :]
     ]
     try:
-        if skipped or later:
+        if skipped or later or _lacks_a_compiler(command):
             check(command)
         else:
             run(command, more, compiler, slow=slow)
     except Problem as problem:
         raise block.problem(str(problem)) from None
+
+
+def _lacks_a_compiler(command: Command) -> bool:
+    """Whether this machine has none for a command that compiles CUDA, or runs what was compiled."""
+    if command.program == "g++" or command.words[0].startswith("./"):
+        return cuda_emulator.absent() is not None
+    return any(".cu" in word for word in command.words) and shutil.which("nvcc") is None
 
 
 def run(command: Command, more: Sequence[str], compiler: Compiler, *, slow: bool) -> None:
@@ -181,7 +191,7 @@ def run(command: Command, more: Sequence[str], compiler: Compiler, *, slow: bool
     elif arguments is not None:
         check(command)
         _call([*small(arguments), *more], command.environment, compiler)
-    elif command.program in SHELL:
+    elif command.program in SHELL or command.words[0].startswith("./"):
         check(command)
         _shell(" ".join([command.text, shlex.join(more)]), {})
     else:
