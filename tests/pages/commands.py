@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import os
 import re
 import shlex
 import subprocess
@@ -175,7 +176,9 @@ def make_targets(arguments: tuple[str, ...]) -> list[Command]:
         Problem: make refuses, as where there is no such target.
     """
     dry = ["make", "--dry-run", "--no-print-directory", "--old-file=install", *arguments]
-    done = subprocess.run(dry, cwd=ROOT, capture_output=True, text=True, check=False)
+    # Without what `make test` hands on to the programs that it calls.
+    inherited = {name: value for name, value in os.environ.items() if not re.match("MAKE|MFLAGS|ARGS", name)}
+    done = subprocess.run(dry, cwd=ROOT, env=inherited, capture_output=True, text=True, check=False)
     if done.returncode:
         raise Problem(f"make {shlex.join(arguments)}: {done.stderr}")
     calls = re.findall(r"(?:^|\s)\S*bin/fastgpt ([^|>;&\n]+)", done.stdout)

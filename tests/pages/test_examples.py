@@ -9,18 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fastgpt import ops
+from fastgpt.ops import library
 
 from .blocks import ROOT
 from .runner import environment
 
 EXAMPLES = ROOT / "examples"
 NOTEBOOK = EXAMPLES / "fastgpt.ipynb"
+NATIVE = ["native"] if library.native_missing("layer_norm", torch.device("cpu")) is None else []
 ARGUMENTS = {
     "train_on_your_text.py": ["input.txt", "--steps", "10", "--out", "run"],
     "patch_gpt2.py": [],
-    "one_kernel.py": ["--steps", "3", "--ops", "native"],
+    "one_kernel.py": ["--steps", "3", "--ops", *(NATIVE or ["eager"])],
 }
 SAYS = {
     "train_on_your_text.py": "validation loss",

@@ -21,12 +21,21 @@ OTHERS = {
     "--standalone",
     "--strict",  # mkdocs
 }
+# What a page must leave behind, besides running: where it promises more than that.
+LEAVES = {
+    "docs/index.md": ("runs/char-cpu-*/loss.png", "runs/bench-*/report/index.html", "attention.html"),
+    "docs/your-text.md": ("runs/mine-1/checkpoints", "report/index.html", "mine-hf/model.safetensors"),
+    "docs/write-a-kernel.md": ("results/*/*.csv", "report/index.html"),
+    "docs/weights.md": ("exported-llmc/model.bin",),
+}
 PLACES = ("fastgpt", "kernels", "csrc", "benchmarks", "tests", "docs", "examples")
 
 
 @pytest.mark.parametrize("page", pages(), ids=name_of)
 def test_page(page: Path, here: Path, compiler: Compiler) -> None:
     run_page(page, compiler)
+    for pattern in LEAVES.get(name_of(page), ()):
+        assert list(here.glob(pattern)), pattern
 
 
 @pytest.mark.slow
