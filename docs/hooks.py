@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 log = logging.getLogger("mkdocs.hooks.links")  # a warning here is an error under --strict
-FENCED = re.compile(r"^(\s*)(```+)[^`]*?^\1\2\s*$", re.MULTILINE | re.DOTALL)
+FENCED = re.compile(r"^( *)(```+).*?^\1\2 *$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(\]\()([^)\s#]+)((?:#[^)\s]*)?\))")
 
 

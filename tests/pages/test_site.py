@@ -69,7 +69,7 @@ def test_mistakes_are_errors(tmp_path: Path) -> None:
     (tmp_path / "there.py").touch()
     (tmp_path / "docs/index.md").write_text(
         "[a](no-page.md) [b](#no-anchor) [c](../no-file.py) [d](../there.py)\n\n"
-        "```text\n[e](../code.py)\n```\n"
+        "```text\n`[e](../code.py)`\n```\n"
     )
     (tmp_path / "docs/alone.md").write_text("# Alone\n")
     (tmp_path / "mkdocs.yml").write_text(
