@@ -9,7 +9,7 @@ CSRC   := $(shell find csrc -type f)
 CXX_FILES := $(filter %.h %.cpp %.cu %.cuh,$(CSRC) $(wildcard tests/cuda/* tests/cuda/emulator/*))
 
 .DEFAULT_GOAL := help
-.PHONY: help train install test test-gpu test-slow rehearse sanitize mutants inspect-table bench bench-gpu lint format clean
+.PHONY: help train install test test-gpu test-slow rehearse sanitize mutants inspect-table bench bench-gpu docs lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -81,6 +81,9 @@ bench-gpu: install  ## everything on this machine's GPU, most important first, u
 	@$(BENCH) report $(BENCH_DIR) --out $(BENCH_DIR)/report
 	@$(BENCH) summary $(BENCH_DIR)
 	-$(BENCH) ops --device cuda --contenders compile-max-autotune --budget 60 --out $(BENCH_DIR) --run $(RUN)-autotune --resume
+
+docs: install  ## build the documentation as a site in build/site; broken links are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: install  ## ruff, clang-format and mypy
 	$(BIN)/ruff check .

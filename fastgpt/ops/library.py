@@ -57,17 +57,19 @@ class Operator:
     gradients: Callable[..., Any] | None = None  # (kernels, ctx, *of the outputs): one for each input
 
 
-def add_triton(operator: Operator, module: str) -> None:
-    """Add the row `triton`: functions `<name>_forward` and `<name>_backward` of `fastgpt.kernels.<module>`.
+def add_triton(operator: Operator, module: str, *, package: str | None = "fastgpt.kernels") -> None:
+    """Add the row `triton`: functions `<name>_forward` and `<name>_backward` of `<package>.<module>`.
 
-    Triton is not imported before the first of them runs.
+    They take and return what the schemas say. For a kernel outside the package, `module` is its full name and
+    `package` None. The module, and with it Triton, is not imported before the first of them runs.
     """
+    path = module if package is None else f"{package}.{module}"
     for direction, schema in (("forward", operator.forward), ("backward", operator.backward)):
         if schema is not None:
             name = f"{operator.name}_{direction}"
             _triton.define(name + schema)
             for key in ("CPU", "CUDA"):
-                _triton.impl(name, _lazy(f"fastgpt.kernels.{module}", name), key)
+                _triton.impl(name, _lazy(path, name), key)
     kernels = _attach(_triton.ns, operator)
     register(operator.name, "triton", functools.partial(operator.call, kernels), triton_missing)
 
