@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fastgpt import ladder
 from fastgpt.benchmarks.timing import measure, working
 from fastgpt.config import TrainConfig
-from fastgpt.data import Tokenizer
+from fastgpt.data import TokenDataset, Tokenizer
 from fastgpt.errors import InputError
 from fastgpt.files import atomic_write
 from fastgpt.ladder import RUNGS, Settings, Splits
@@ -146,6 +146,8 @@ def climb(given: LadderArgs, names: Sequence[str]) -> list[Result]:
     if trained:  # comparing needs no text
         config = TrainConfig(corpus=given.corpus, fallback_corpus=given.fallback_corpus, tokenizer="char")
         data, config = open_data(config, None)
+        if not isinstance(data, TokenDataset):
+            raise InputError(f"corpus {given.corpus!r} is no text: the ladder learns to write from one")
         given = dataclasses.replace(given, corpus=config.corpus)
         splits = ladder.splits(data, max(settings[name].block_size for name in trained))
     out = given.out or Path("runs") / f"ladder-{time.strftime('%Y%m%d-%H%M%S')}"
