@@ -22,6 +22,7 @@ def main() -> None:
     parser.add_argument("--out", default="runs/my-text", help="the folder of the run; it must be new")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--prompt", default="The ")
+    parser.add_argument("--length", type=int, default=300, help="characters to write after it")
     given = parser.parse_args()
 
     settings = {
@@ -37,7 +38,7 @@ def main() -> None:
 
     # What any other program does with the run: its best checkpoint, and the tokenizer that belongs to it.
     model, tokenizer = GPT.from_pretrained(given.out), tokenizer_of(read_pretrained(given.out))
-    print(sample_text(model, tokenizer, given.prompt, 300, seed=1))
+    print(sample_text(model, tokenizer, given.prompt, given.length, seed=1))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ folder, and a fence with a title, as in ```python title="relu2.py", is (a piece 
 which no reader sees, stand before a fence and say what is different:
 
     <!-- run: no, needs the network -->                  not run, only parsed; REASONS lists the reasons
-    <!-- run: no, needs the network: fineweb, hf: -->    only the lines with one of these words
+    <!-- run: no, needs the network: fineweb, hf: -->    only the lines with one of these pieces of text
     <!-- run: slow -->                                   run by `make test-slow`; for lines too, as above
     <!-- run with: fastgpt bench train --steps 2 -->     these options at the end of that command
 """

@@ -25,7 +25,6 @@ OTHERS = {
 LEAVES = {
     "docs/index.md": ("runs/char-cpu-*/loss.png", "runs/bench-*/report/index.html", "attention.html"),
     "docs/your-text.md": ("runs/mine-1/checkpoints", "report/index.html", "mine-hf/model.safetensors"),
-    "docs/write-a-kernel.md": ("results/*/*.csv", "report/index.html"),
     "docs/weights.md": ("exported-llmc/model.bin",),
 }
 PLACES = ("fastgpt", "kernels", "csrc", "benchmarks", "tests", "docs", "examples")
