@@ -1,15 +1,8 @@
 // linear on CUDA tensors: PyTorch's products, whose epilogues add the bias. The equations are in
 // fastgpt/ops/linear.py.
-#include <ATen/ops/empty.h>
-#include <ATen/ops/linear.h>
-#include <ATen/ops/mm.h>
-#include <ATen/ops/sum.h>
-#include <torch/library.h>
-
 #include "cuda/tensors.h"
-#include "shared/plain.h"
 
-namespace fastgpt {
+namespace fastgpt::cuda {
 namespace {
 
 using at::Tensor;
@@ -36,4 +29,4 @@ TORCH_LIBRARY_IMPL(FASTGPT_LIBRARY, FASTGPT_KEY, m) {
   m.impl("linear_backward", &linear_backward);
 }
 
-}  // namespace fastgpt
+}  // namespace fastgpt::cuda
