@@ -322,7 +322,7 @@ def describe(result: Result) -> str:
             numbers = [f"{way.apart:.0e}", _number(way.ms, ".3g"), _number(way.ratio, ".3g")]
             rows.append([way.size, way.name, *numbers])
         return table(rows)
-    lecture = "" if result.lecture is None else f" (the lecture: {result.lecture:g})"
+    lecture = f" (the lecture: {_lecture(result)})" if result.lecture else ""
     return (
         f"train loss {result.train_loss:.4f}, validation loss {result.val_loss:.4f}{lecture}, "
         f"{result.parameters:,} parameters, {result.seconds:.1f} s\n\n{result.sample.strip()}"
@@ -341,9 +341,14 @@ def summary(results: Sequence[Result]) -> str:
         losses = [f"{loss:.3f}" for loss in (result.train_loss, result.val_loss)]
         seconds = [f"{value:.0f}" for value in (result.seconds, result.cpu_seconds)]
         excerpt = " ".join(result.sample.split())[:EXCERPT]
-        lecture = _number(result.lecture, "g")
-        rows.append([result.name, f"{result.parameters:,}", *losses, lecture, *seconds, excerpt])
+        rows.append([result.name, f"{result.parameters:,}", *losses, _lecture(result), *seconds, excerpt])
     return table(rows)
+
+
+def _lecture(result: Trained) -> str:
+    """The lecture's loss; what a larger network reached says so."""
+    larger = RUNGS[result.name].settings.n_embd > result.settings.n_embd
+    return _number(result.lecture, "g") + (", larger" if larger else "")
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

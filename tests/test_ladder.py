@@ -274,6 +274,7 @@ def test_all_of_it(
             assert rung["settings"]["steps"] == 3
             assert rung["lecture"] == RUNGS[name].lecture
     assert rungs["scaled"]["settings"]["n_embd"] == REDUCED.n_embd
+    assert [line for line in printed.splitlines() if "1.48, larger" in line]
     ways = rungs["averaging"]["ways"] + rungs["batched-heads"]["ways"]
     assert [way["name"] for way in ways] == [
         *("loops", "matrix product", "softmax"),
