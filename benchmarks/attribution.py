@@ -35,6 +35,7 @@ _OPERATIONS = {
     "gelu": "gelu",
     "bias_gelu": "gelu",
     "linear_gelu": "gelu",
+    "linear": "matmul",
     "attention": "attention",
     "embedding": "embedding",
     "cross_entropy": "classifier",
@@ -51,7 +52,9 @@ _WHOLE = (
     (r"aten::.*scaled_dot_product.*", "attention"),
 )
 # Otherwise the innermost of these.
-_MATMUL = r"aten::(mm|addmm|bmm|baddbmm|linear|matmul|_addmm_activation)|mkl(dnn)?::.*linear.*"
+_MATMUL = (
+    r"fastgpt::multiply|aten::(mm|addmm|bmm|baddbmm|linear|matmul|_addmm_activation)|mkl(dnn)?::.*linear.*"
+)
 _OPERATORS = (
     (r"aten::bmm|aten::_softmax.*", "attention"),  # only attention without a kernel of its own has them
     (_MATMUL, "matmul"),
@@ -99,7 +102,9 @@ def attribute(step: Step) -> Attribution:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         wall_us = (time.perf_counter() - start) * 1e6
-    vocabulary = {step.model.config.vocab_size, step.model.config.padded_vocab_size}
+    c = step.model.config
+    widths = {c.n_embd, 3 * c.n_embd, c.mlp_size}  # by which the blocks' own products would be taken for it
+    vocabulary = {c.vocab_size, c.padded_vocab_size} - widths
     return attribution_of(list(profiler.events() or []), wall_us, vocabulary, STEPS)
 
 

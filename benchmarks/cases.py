@@ -22,10 +22,12 @@ from fastgpt.ops.choices import shape_class
 from fastgpt.ops.cross_entropy import cost as cross_entropy_cost
 from fastgpt.ops.dropout import cost as dropout_cost
 from fastgpt.ops.embedding import cost as embedding_cost
-from fastgpt.ops.gelu import bias_cost, linear_cost
+from fastgpt.ops.gelu import bias_cost
 from fastgpt.ops.gelu import cost as gelu_cost
+from fastgpt.ops.gelu import linear_cost as linear_gelu_cost
 from fastgpt.ops.layer_norm import add_cost
 from fastgpt.ops.layer_norm import cost as layer_norm_cost
+from fastgpt.ops.linear import cost as linear_cost
 from fastgpt.ops.linear_cross_entropy import cost as linear_cross_entropy_cost
 from fastgpt.ops.rms_norm import cost as rms_norm_cost
 
@@ -207,7 +209,7 @@ def _gelu(operation: str, call: Callable[..., Any], *, bias: bool) -> Workload:
     return Workload(operation, "BTC", make, call, cost)
 
 
-def _linear_gelu_inputs(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Inputs:
+def _linear_inputs(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Inputs:
     weight = _w(4 * sizes.C, sizes.C, dtype=dtype, device=device)
     return [_x(sizes, dtype, device, sizes.C), weight, _w(4 * sizes.C, dtype=dtype, device=device)]
 
@@ -336,8 +338,17 @@ WORKLOADS = {
         Workload(
             "linear_gelu",
             "BTC",
-            _linear_gelu_inputs,
+            _linear_inputs,
             ops.linear_gelu,
+            lambda sizes, dtype, backward: linear_gelu_cost(
+                sizes.rows, sizes.C, 4 * sizes.C, dtype, backward=backward
+            ),
+        ),
+        Workload(
+            "linear",
+            "BTC",
+            _linear_inputs,
+            ops.linear,
             lambda sizes, dtype, backward: linear_cost(
                 sizes.rows, sizes.C, 4 * sizes.C, dtype, backward=backward
             ),

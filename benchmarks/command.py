@@ -18,6 +18,10 @@ SUBCOMMANDS = {
         "fastgpt.benchmarks.modern:command",
         "what came after GPT-2: RoPE, Muon, ... one by one, by loss",
     ),
+    "finetune": (
+        "fastgpt.benchmarks.finetune:command",
+        "pretrained on another text or from scratch, by loss: curves",
+    ),
     "report": (
         "fastgpt.benchmarks.report:command",
         "a page about results and what changed, or about a training run",

@@ -10,7 +10,6 @@ each, and rows that are in the file are not run again: what is cut off goes on w
 from __future__ import annotations
 
 import contextlib
-import csv
 import dataclasses
 import statistics
 import tempfile
@@ -19,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastgpt.benchmarks.study import judged_at_the_end
+from fastgpt.benchmarks.study import append_rows, judged_at_the_end, read_rows
 from fastgpt.config import TrainConfig, override, preset
 from fastgpt.errors import InputError, TrainingStopped
 from fastgpt.files import read_text
@@ -87,7 +86,7 @@ def run_modern(given: ModernArgs) -> None:
     for name in given.variants:
         if name not in VARIANTS:
             raise InputError(f"no variant {name!r}: choose from {', '.join(VARIANTS)}")
-    done = {_key(row) for row in read(given.out)}
+    done = {_key(row) for row in read_rows(given.out, FIELDS)}
     with tempfile.TemporaryDirectory() as folder, _text(given, Path(folder)) as corpus:
         for seed in given.seeds:
             for variant, config in _configs(given):
@@ -95,11 +94,12 @@ def run_modern(given: ModernArgs) -> None:
                 key = _row(given, variant, config)
                 if _key(key) not in done:
                     out_dir = Path(folder) / f"{len(done)}"
-                    _append(given.out, key | _run(dataclasses.replace(config, out_dir=out_dir), given.times))
+                    found = _run(dataclasses.replace(config, out_dir=out_dir), given.times)
+                    append_rows(given.out, FIELDS, [key | found])
                     done.add(_key(key))
     same = ("split", "n_layer", "n_embd", "steps")
     asked = [str(value) for value in (_split(given), given.n_layer, given.n_embd, given.steps)]
-    rows = [row for row in read(given.out) if [row[name] for name in same] == asked]
+    rows = [row for row in read_rows(given.out, FIELDS) if [row[name] for name in same] == asked]
     print(rates(rows) if given.tune else table(rows))
 
 
@@ -163,31 +163,6 @@ def _run(config: TrainConfig, times: bool) -> dict[str, Any]:
         "loss": round(trainer.best_val_loss, 4),
         "ms_per_step": round(1e3 * trainer.seconds / config.max_steps, 1) if times else None,
     }
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    """The rows of a file of results, none where there is no file.
-
-    Raises:
-        InputError: it is of another kind.
-    """
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        reader = csv.DictReader(file)
-        if tuple(reader.fieldnames or ()) != FIELDS:
-            raise InputError(f"{path} has other columns than {', '.join(FIELDS)}: choose another --out")
-        return list(reader)
-
-
-def _append(path: Path, row: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
 
 
 def table(rows: Sequence[dict[str, str]]) -> str:

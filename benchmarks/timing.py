@@ -26,6 +26,7 @@ from torch import Tensor
 
 from fastgpt.benchmarks.results import Status
 from fastgpt.errors import InputError
+from fastgpt.runtime import keep_freed_memory
 
 Call = Callable[[], object]
 Clock = Callable[[], float]
@@ -98,6 +99,7 @@ def measure(
     min_rounds: int = 7,
     max_rounds: int = 200,
     warmup_s: float = 0.1,
+    sample_s: float = MIN_SAMPLE_S,
     control: bool = True,
     memory: bool = True,
     seed: int = 0,
@@ -112,6 +114,7 @@ def measure(
             at most `max_rounds`.
         baseline: the one that ratios compare with; the first by default. Without its time there are none.
         warmup_s: how long each is called before anything counts.
+        sample_s: of a CPU, how long a sample is at least, of calls one after another.
         control: time the baseline twice in each round; see `Timing.ratios`.
         memory: find the peak memory, with one call more.
         seed: of the orders.
@@ -128,7 +131,7 @@ def measure(
     baseline = next(iter(contenders)) if baseline is None else baseline
     if baseline not in contenders:
         raise InputError(f"baseline = {baseline!r}: it must be one of {', '.join(contenders)}")
-    stopwatch = _CudaStopwatch(device) if device.type == "cuda" else _Stopwatch(clock)
+    stopwatch = _CudaStopwatch(device) if device.type == "cuda" else _Stopwatch(clock, sample_s)
     lanes = {name: _Lane(_as_list(calls), stopwatch, name) for name, calls in contenders.items()}
     for lane in lanes.values():
         lane.attempt(functools.partial(lane.prepare, warmup_s, clock, device if memory else None))
@@ -213,8 +216,8 @@ def _timing(name: str, lanes: Mapping[str, _Lane], baseline: str) -> Timing:
 class _Stopwatch:
     """Times calls on a CPU by a clock."""
 
-    def __init__(self, clock: Clock) -> None:
-        self.clock = clock
+    def __init__(self, clock: Clock, sample_s: float = MIN_SAMPLE_S) -> None:
+        self.clock, self.sample_s = clock, sample_s
 
     def seconds(self, calls: Sequence[Call]) -> float:
         """How long these calls take, one after another."""
@@ -229,7 +232,7 @@ class _Stopwatch:
 
     def repeats(self, seconds: float) -> int:
         """How many calls make one sample."""
-        return max(1, math.ceil(MIN_SAMPLE_S / max(seconds, 1e-9)))
+        return max(1, math.ceil(self.sample_s / max(seconds, 1e-9)))
 
 
 class _CudaStopwatch(_Stopwatch):
@@ -362,7 +365,8 @@ def random_tensor(
 
 @contextlib.contextmanager
 def working(device: torch.device, threads: int | None = None) -> Iterator[None]:
-    """What `measure` wants around it: on a CPU pinned threads, on a GPU a stream of its own.
+    """What `measure` wants around it: on a GPU a stream of its own, on a CPU pinned threads, and a C library
+    that keeps freed memory, for all contenders and from here on, as `fastgpt train` has it.
 
     Args:
         threads: of a CPU; by default one for each core that this process may use.
@@ -376,6 +380,7 @@ def working(device: torch.device, threads: int | None = None) -> Iterator[None]:
             yield
         stream.synchronize()
         return
+    keep_freed_memory()
     with _pinned(threads):
         yield
 

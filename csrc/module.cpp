@@ -9,9 +9,8 @@
 namespace {
 
 PyObject* isa(PyObject*, PyObject*) {
-  static const char* const names[] = {"baseline", "avx2", "avx512"};
   try {
-    return PyUnicode_FromString(names[static_cast<int>(fastgpt::isa())]);
+    return PyUnicode_FromString(fastgpt::kIsaNames[static_cast<int>(fastgpt::isa())]);
   } catch (const std::exception& error) {
     PyErr_SetString(PyExc_RuntimeError, error.what());
     return nullptr;
@@ -19,7 +18,8 @@ PyObject* isa(PyObject*, PyObject*) {
 }
 
 PyMethodDef methods[] = {
-    {"isa", isa, METH_NOARGS, "The instruction set of the CPU kernels: baseline, avx2 or avx512."},
+    {"isa", isa, METH_NOARGS,
+     "The instruction set of the CPU kernels: baseline, avx2, avx512 or avx512_bf16."},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -28,6 +28,10 @@ TORCH_LIBRARY(fastgpt_native, m) {
   m.def(
       "linear_gelu_backward(Tensor dy, Tensor x, Tensor weight, Tensor h, str approximate, bool "
       "has_bias, bool need_dx, bool need_dw) -> (Tensor dx, Tensor dw, Tensor db)");
+  m.def("linear_forward(Tensor x, Tensor weight, Tensor? bias) -> Tensor y");
+  m.def(
+      "linear_backward(Tensor dy, Tensor x, Tensor weight, bool need_dx, bool need_dw, bool need_db) -> "
+      "(Tensor dx, Tensor dw, Tensor db)");
   m.def(
       "attention_forward(Tensor q, Tensor? k, Tensor? v, Tensor? seed, float dropout_p, float? scale, "
       "SymInt? window) -> (Tensor o, Tensor lse)");

@@ -1,4 +1,4 @@
-"""The command line: `fastgpt prepare | train | plan | sample | eval | export | bench | inspect | info`."""
+"""The command line: `fastgpt COMMAND ...`; all commands are in COMMANDS."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import tyro
 from tyro.conf import Positional
@@ -22,6 +22,9 @@ from fastgpt.config import CONFIG, PRESETS, TrainConfig, override, preset
 from fastgpt.errors import InputError, TrainingStopped
 from fastgpt.files import read_text
 from fastgpt.inspect.command import inspect_command
+
+if TYPE_CHECKING:
+    from fastgpt.pretrained import Source
 
 USAGE = f"""\
 fastgpt: train GPT-2 with hand-written kernels
@@ -32,6 +35,7 @@ fastgpt: train GPT-2 with hand-written kernels
   fastgpt sample RUN --prompt TEXT       write text with a trained model
   fastgpt eval RUN [--task NAME]         loss on validation text, HellaSwag, LAMBADA, or any text file
   fastgpt export RUN --to hf --out FOLDER  for transformers, or --to llmc
+  fastgpt ladder [--rung NAME | --all]   the lecture "Let's build GPT" step by step, beside its losses
   fastgpt bench SUITE [options]          measure; `fastgpt bench` lists the suites
   fastgpt inspect KERNEL --chip h100     a kernel's machine code and its limit on a chip, without a GPU
   fastgpt info                           what runs here and why: the first attachment of a bug report
@@ -82,6 +86,7 @@ def train_command(args: Sequence[str]) -> None:
             config, out_dir=Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
         )
     from fastgpt import checkpoint  # torch is imported only now, so that --help and typing errors are quick
+    from fastgpt.exam import describe
     from fastgpt.train import train
 
     trainer = train(config)
@@ -94,9 +99,12 @@ def train_command(args: Sequence[str]) -> None:
         print(f"interrupted after step {trainer.steps_done}: checkpoint written")
         print(f"try: {program()} train --resume --out-dir {trainer.out_dir}")
         return
+    if trainer.scores:
+        print(f"held-out problems: {describe(trainer.scores)}")
     print(f"best checkpoint: {best} (validation loss {trainer.best_val_loss:.4f})")
     print(f"loss curve:      {trainer.out_dir / 'loss.png'}")
-    print(f"try:             {program()} sample {trainer.out_dir} --prompt 'The ' --num-samples 3")
+    prompt = trainer.data.prompt
+    print(f"try:             {program()} sample {trainer.out_dir} --prompt '{prompt}' --num-samples 3")
 
 
 def _train_config(args: Sequence[str]) -> tuple[str, TrainConfig]:
@@ -221,9 +229,26 @@ def sample_command(args: Sequence[str]) -> None:
         if given.num_samples > 1:
             print(f"--- sample {number} of {given.num_samples} ---")
         print(prompt, end="", flush=True)
+        written = prompt
         for text in pieces:
             print(text, end="", flush=True)
+            written += text
         print()
+        if note := _reading(source, written):
+            print(note, file=sys.stderr)
+
+
+def _reading(source: Source, written: str) -> str | None:
+    """What an answer means that a model of problems does not write as people do; else nothing."""
+    from fastgpt.checkpoint import Checkpoint
+    from fastgpt.data import PROBLEM_CORPORA, answer_of, problem_set
+
+    run = source.path.parent.parent
+    if not isinstance(source, Checkpoint) or not (run / CONFIG).exists():
+        return None
+    corpus, answer = settings_of_run(run).corpus, answer_of(written)
+    reading = problem_set(corpus).read(answer) if corpus in PROBLEM_CORPORA else answer
+    return None if reading == answer else f"note: an answer begins with its units, so this one is {reading}"
 
 
 def _prompt(given: SampleArgs) -> str:
@@ -261,6 +286,12 @@ def export_command(args: Sequence[str]) -> None:
     command(args)
 
 
+def ladder_command(args: Sequence[str]) -> None:
+    from fastgpt.ladder_command import command
+
+    command(args)
+
+
 # -- bench ---------------------------------------------------------------------------------------------------
 
 
@@ -294,6 +325,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "sample": sample_command,
     "eval": eval_command,
     "export": export_command,
+    "ladder": ladder_command,
     "bench": bench_command,
     "inspect": inspect_command,
     "info": info_command,

@@ -81,7 +81,7 @@ class GPTConfig:
 
 TokenizerName = Literal["char", "byte", "gpt2"]
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
-Weights = Literal["fp32", "bf16"]
+Weights = Literal["auto", "fp32", "bf16"]
 Recompute = Literal["none", "gelu", "block"]
 Parallel = Literal["ddp", "zero1", "fsdp", "hsdp"]
 GuardAction = Literal["off", "warn", "skip", "stop"]
@@ -96,11 +96,12 @@ class TrainConfig:
     model: GPTConfig = field(default_factory=GPTConfig)
 
     corpus: str = "shakespeare"
-    """`shakespeare`, `pydocs`, a text file, a folder of text files, or a folder of token shards."""
+    """`shakespeare`, `pydocs`, a text file, a folder of text files, or a folder of token shards; or problems,
+    which are made as they are needed: `addition`, `calculator`."""
     fallback_corpus: str | None = None
     """Used instead, with a notice, when the corpus cannot be downloaded."""
     tokenizer: TokenizerName = "gpt2"
-    """How text becomes tokens. A folder of token shards brings its own."""
+    """How text becomes tokens. Token shards and problems bring their own."""
     val_fraction: float = 0.1
     """The share at the end of the text that is kept for validation."""
 
@@ -146,10 +147,10 @@ class TrainConfig:
     """auto (cuda, else mps, else cpu), or a device by name."""
     precision: Precision = "auto"
     """fp32, tf32 (fp32 with TensorFloat-32 matmuls), bf16 or fp16 (autocast; fp16 with a gradient scaler).
-    auto is bf16 on GPUs that have it and fp32 elsewhere."""
-    weights: Weights = "fp32"
+    auto is bf16 on GPUs that have it and on CPUs that multiply it, and fp32 elsewhere."""
+    weights: Weights = "auto"
     """What the network holds: fp32, cast by autocast in each step, or bf16, with the optimizer updating fp32
-    master weights that checkpoints keep."""
+    master weights that checkpoints keep. auto is bf16 on a CPU that computes in bf16, and fp32 elsewhere."""
     recompute: Recompute = "none"
     """What backward computes again instead of keeping it: nothing, the outputs of GELU, or whole blocks."""
     compile: bool = False
@@ -185,7 +186,7 @@ class TrainConfig:
     sample_tokens: int = 300
     """Length of the sample that ends the run, and that TensorBoard gets at each evaluation; 0 for none."""
     sample_prompt: str = ""
-    """How that sample starts."""
+    """How that sample starts. Without it a model of problems shows how it solves some."""
 
     def __post_init__(self) -> None:
         positive = (
@@ -229,7 +230,7 @@ class TrainConfig:
         if self.parallel != "ddp":
             _require(self.precision != "fp16", "precision", "fp16", f"bf16 or fp32 with {self.parallel}")
         if self.optimizer == "muon":  # no fp32 masters, whole matrices, no step that the device may leave out
-            _require(self.weights == "fp32", "weights", self.weights, "fp32 with optimizer = 'muon'")
+            _require(self.weights != "bf16", "weights", self.weights, "fp32 with optimizer = 'muon'")
             _require(self.parallel == "ddp", "parallel", self.parallel, "ddp with optimizer = 'muon'")
             _require(
                 self.guard in ("off", "warn"), "guard", self.guard, "off or warn with optimizer = 'muon'"
@@ -342,7 +343,32 @@ def _modern(config: TrainConfig, muon_learning_rate: float | None = None) -> Tra
     return dataclasses.replace(config, model=model, optimizer="muon", muon_learning_rate=muon_learning_rate)
 
 
+_ADDITION = TrainConfig(
+    model=GPTConfig(block_size=12, n_layer=2, n_head=4, n_embd=128),
+    corpus="addition",
+    tokenizer="char",
+    max_steps=800,
+    batch_size=128,
+    optimizer="muon",  # AdamW at 4e-3 needs many times the steps: docs/exercises.md
+    learning_rate=4e-3,
+    muon_learning_rate=1.6e-2,
+    betas=(0.9, 0.99),
+    eval_every=100,
+    eval_tokens=24_000,
+)
+_CALCULATOR = dataclasses.replace(
+    _ADDITION,
+    model=GPTConfig(block_size=160, n_layer=3, n_head=4, n_embd=128),
+    corpus="calculator",
+    max_steps=2000,
+    batch_size=32,
+    eval_every=500,
+    eval_tokens=160_000,
+)
+
 PRESETS: dict[str, TrainConfig] = {
+    "addition": _ADDITION,
+    "calculator": _modern(_CALCULATOR, 1.6e-2),
     "char-cpu": _CHAR_CPU,
     "modern-cpu": _modern(_CHAR_CPU, 1.6e-2),  # chosen on the training split: docs/modern.md
     "char": _CHAR,

@@ -77,8 +77,9 @@ def _check(given: EvalArgs) -> None:
 def _val(given: EvalArgs, source: Source, model: GPT) -> str:
     from fastgpt.checkpoint import Checkpoint
     from fastgpt.cli import settings_of_run
-    from fastgpt.data import TokenDataset, ValidationSet, prepared
+    from fastgpt.data import ProblemSet, open_dataset
     from fastgpt.evaluate import validation_loss
+    from fastgpt.exam import Exam, describe
     from fastgpt.pretrained import tokenizer_of
 
     corpus, val_fraction = given.corpus, TrainConfig.val_fraction
@@ -88,14 +89,14 @@ def _val(given: EvalArgs, source: Source, model: GPT) -> str:
         run = Path(given.run) if (Path(given.run) / "checkpoints").exists() else source.path.parent.parent
         trained = settings_of_run(run)
         corpus, val_fraction = trained.corpus, trained.val_fraction
-    data = TokenDataset.open(prepared(corpus, tokenizer_of(source), val_fraction=val_fraction))
-    block_size, vocab_size = model.config.block_size, model.config.vocab_size
-    windows = ValidationSet(data.val, block_size, vocab_size=vocab_size, names=data.names["val"])
-    loss = validation_loss(model, windows, batch_size=given.batch_size, device=model.token_embedding.device)
-    return (
-        f"loss {loss:.4f} nats a token, perplexity {math.exp(loss):.2f}, "
-        f"over {len(windows)} windows of {block_size} tokens of {corpus}"
-    )
+    data = open_dataset(corpus, tokenizer_of(source), val_fraction=val_fraction)
+    samples = data.validation(model.config.block_size)
+    loss = validation_loss(model, samples, batch_size=given.batch_size, device=model.token_embedding.device)
+    found = f"loss {loss:.4f} nats a token, perplexity {math.exp(loss):.2f}, over {len(samples)} "
+    if not isinstance(data, ProblemSet):
+        return found + f"windows of {model.config.block_size} tokens of {corpus}"
+    exam = Exam.of(data)
+    return f"{describe(exam.evaluate(model, progress=corpus))}, {found}held-out problems of {corpus}"
 
 
 def _hellaswag(given: EvalArgs, source: Source, model: GPT) -> str:

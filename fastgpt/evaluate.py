@@ -1,4 +1,4 @@
-"""Loss on validation text."""
+"""Loss on the validation split."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from fastgpt.data import ValidationSet
+from fastgpt.data import IGNORE_INDEX, ValidationSet
 
 
 @contextlib.contextmanager
@@ -26,28 +26,31 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def validation_loss(
     model: nn.Module,
-    windows: ValidationSet,
+    samples: ValidationSet,
     *,
     batch_size: int,
     device: torch.device,
     autocast: contextlib.AbstractContextManager[Any] | None = None,
     forward: Callable[..., Any] | None = None,
+    mean: Callable[[Tensor], Tensor] = lambda own: own,
 ) -> float:
-    """Mean cross entropy, in nats a token, over all windows of the set.
+    """Mean cross entropy, in nats a token, over all targets of the set that are not IGNORE_INDEX.
 
     Args:
         model: a GPT.
-        windows: what to predict.
-        batch_size: windows per forward pass.
+        samples: what to predict.
+        batch_size: samples per forward pass.
         device: where the model is.
         autocast: the precision to evaluate in.
         forward: called in place of the model, such as the same model compiled.
+        mean: averages a tensor over ranks of which each has a share of the set.
     """
     forward = model if forward is None else forward
     total, count = torch.zeros((), device=device), 0
     with evaluating(model), autocast or contextlib.nullcontext():
-        for x, y in windows.batches(batch_size):
+        for x, y in samples.batches(batch_size):
             idx, targets = (torch.from_numpy(a).to(device) for a in (x, y))
             total += forward(idx, targets, reduction="sum", return_logits=False)[1]
-            count += targets.numel()
-    return (total / count).item()
+            count += int((y != IGNORE_INDEX).sum())
+    total, counted = mean(torch.tensor([total.item(), count], dtype=torch.float64))
+    return (total / counted).item()

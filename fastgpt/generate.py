@@ -173,11 +173,11 @@ def generate_texts(
         if len(generators) == 1:
             yield stream_text(tokenizer, tokens)
         else:
-            for row in _until_all_ended(tokens, tokenizer.eot).unbind():
+            for row in until_all_ended(tokens, tokenizer.eot).unbind():
                 yield stream_text(tokenizer, iter(row))
 
 
-def _until_all_ended(tokens: Iterator[Tensor], eot: int | None) -> Tensor:
+def until_all_ended(tokens: Iterator[Tensor], eot: int | None) -> Tensor:
     """(B, n) ids from n times (B,): all of them, or up to where each row has had an end-of-text."""
     columns: list[Tensor] = []
     ended: Tensor | None = None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-from fastgpt import runtime
+from fastgpt import exam, runtime
 from fastgpt.config import CONFIG
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ METRICS = "metrics.jsonl"
 KEYS = (
     *("step", "tokens", "train_loss", "val_loss", "lr", "grad_norm", "tokens_per_s", "mfu", "seconds"),
     *("hellaswag_acc", "hellaswag_acc_norm"),
+    *("accuracy", "accuracy_add", "accuracy_subtract", "accuracy_multiply", "accuracy_divide"),  # of an exam
     *("loss_z", "grad_norm_z", "outliers"),  # with a guard
     *("max_logit", "log_sum_exp"),  # at evaluations, and so the gradient norms of groups of parameters
     *("grad_norm_embedding", "grad_norm_attention", "grad_norm_mlp", "grad_norm_norm"),
@@ -84,6 +85,8 @@ class MetricsLog:
                 f"val loss {row['val_loss']:.4f}   lr {row['lr']:.2e}   "
                 f"{row['tokens_per_s']:,.0f} tokens/s   MFU {format_mfu(row['mfu'])}"
             )
+        if row["accuracy"] is not None:
+            self.say(f"step {row['step']:>6}   {exam.describe(row)}")
         if row["hellaswag_acc"] is not None:
             self.say(
                 f"step {row['step']:>6}   HellaSwag acc {row['hellaswag_acc']:.4f}   "
@@ -182,15 +185,13 @@ def write_record(trainer: Trainer) -> None:
 
 def announce(trainer: Trainer) -> None:
     """Print what is about to be trained, on what, and where to."""
-    config, data, model = trainer.config, trainer.data, trainer.config.model
-    tokenizer, sequences = data.tokenizer, config.max_steps * config.batch_size
-    train_tokens, val_tokens = (sum(map(len, shards)) for shards in (data.train, data.val))
+    config, model = trainer.config, trainer.config.model
+    sequences = config.max_steps * config.batch_size
     epochs = trainer.loader.epoch_of(config.max_steps)
     size, device = trainer.world.size, trainer.device
     where = f"{device}, " if size == 1 else f"{size} processes on {device.type}, each with "
     lines = {
-        "data": f"{config.corpus}: {train_tokens:,} training and {val_tokens:,} validation tokens "
-        f"({tokenizer.name}, {tokenizer.vocab_size} in the vocabulary)",
+        "data": f"{config.corpus}: {trainer.data.describe()}",
         "model": f"{model.n_layer} layers, {model.n_head} heads, {model.n_embd} wide, "
         f"block {model.block_size}: {trainer.model.num_params():,} parameters",
         "training": f"{config.max_steps} steps of {config.batch_size} sequences "

@@ -111,6 +111,10 @@ def _norm(config: GPTConfig) -> LayerNorm | RMSNorm:
     return LayerNorm(config) if config.norm == "layer_norm" else RMSNorm(config.n_embd)
 
 
+def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    return ops.linear(x, layer.weight, layer.bias)
+
+
 class Attention(nn.Module):
     """Causal multi-head self-attention."""
 
@@ -125,7 +129,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotation: Rotation | None, cache: KVCache | None) -> Tensor:
         B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
+        qkv = _linear(self.c_attn, x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
         dropout_p = self.dropout if self.training else 0.0
         if cache is None and rotation is None and not self.qk_norm:
             y = ops.causal_attention_qkvpacked(qkv, dropout_p=dropout_p)  # (B, T, H, D)
@@ -138,7 +142,7 @@ class Attention(nn.Module):
             if cache is not None:
                 k, v = cache.append(self.layer, k, v)  # (B, length + T, H, D)
             y = ops.causal_attention(q, k, v, dropout_p=dropout_p)
-        return self.c_proj(y.view(B, T, C))
+        return _linear(self.c_proj, y.view(B, T, C))
 
 
 class MLP(nn.Module):
@@ -155,23 +159,23 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.recompute and torch.is_grad_enabled():
-            return _recomputed(self._gelu_and_project, self.c_fc(x))
+            return _recomputed(self._gelu_and_project, _linear(self.c_fc, x))
         if self.activation == "relu":
-            h = F.relu(self.c_fc(x))  # (B, T, 4C)
+            h = F.relu(_linear(self.c_fc, x))  # (B, T, 4C)
         elif self.activation == "relu2":
-            h = F.relu(self.c_fc(x)).square()
+            h = F.relu(_linear(self.c_fc, x)).square()
         elif self.activation == "swiglu":
-            h = F.silu(self.c_gate(x)) * self.c_fc(x)
+            h = F.silu(_linear(self.c_gate, x)) * _linear(self.c_fc, x)
         else:
             h = ops.linear_gelu(x, self.c_fc.weight, self.c_fc.bias, approximate=self._approximate)
-        return self.c_proj(h)
+        return _linear(self.c_proj, h)
 
     @property
     def _approximate(self) -> str:
         return "tanh" if self.activation == "gelu_tanh" else "none"
 
     def _gelu_and_project(self, h: Tensor) -> Tensor:
-        return self.c_proj(ops.gelu(h, approximate=self._approximate))
+        return _linear(self.c_proj, ops.gelu(h, approximate=self._approximate))
 
 
 class Block(nn.Module):

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from fastgpt.config import TrainConfig
 from fastgpt.errors import InputError
-from fastgpt.ops.adamw import HYPER, adamw_, grad_norm, reference
+from fastgpt.ops.adamw import HYPER, reference, trusted_adamw_, trusted_grad_norm
 from fastgpt.ops.checks import check_at_least
 from fastgpt.ops.registry import select
 
@@ -150,7 +150,7 @@ class AdamW(torch.optim.Optimizer):
                 found_inf = _either(found_inf, self.veto(self.grad_norm))
         self.write_hyperparameters()
         for (device, dtype, *_), batch in batches.items():
-            adamw_(
+            trusted_adamw_(
                 *(batch.params, batch.grads, batch.exp_avgs, batch.exp_avg_sqs, batch.steps),
                 self._hyper[device][0],
                 batch.groups,
@@ -300,7 +300,7 @@ def _either(found_inf: Tensor | None, veto: Tensor | None) -> Tensor | None:
 
 def _norm(batches: Iterable[_Batch]) -> Tensor:
     """Of the gradients of all batches together."""
-    norms = [grad_norm(batch.grads) for batch in batches]
+    norms = [trusted_grad_norm(batch.grads) for batch in batches]
     if len(norms) == 1:
         return norms[0]
     return torch.linalg.vector_norm(torch.stack([norm.to(norms[0]) for norm in norms]))

@@ -29,6 +29,7 @@ from fastgpt.ops.attention import cost as attention_cost
 from fastgpt.ops.embedding import cost as embedding_cost
 from fastgpt.ops.gelu import linear_cost as linear_gelu_cost
 from fastgpt.ops.layer_norm import add_cost
+from fastgpt.ops.linear import cost as linear_cost
 from fastgpt.ops.linear_cross_entropy import cost as loss_cost
 from fastgpt.ops.registry import Cost
 
@@ -36,9 +37,11 @@ CHUNK_ROWS = 4096  # of linear_cross_entropy
 # Of a GPU's memory, what no tensor gets: CUDA's context, NCCL's buffers, and what the allocator cannot use
 # between blocks. An assumption, not a measurement.
 RESERVE = 2 << 30
-# C values a token beside what is kept, while the MLP's backward pass runs: the gradients of its output (1),
-# of GELU's output (4) and input (4), of its own input (1), and of the residual stream (1).
-_BACKWARD_WIDTHS = 11
+# C values a token beside what is kept, while the MLP's backward pass runs: the gradients of the residual
+# stream (1), of GELU's output (4), of its input (4) and of the MLP's (1), less GELU's output (4), which is no
+# longer needed. Where that alone is computed again, it is not there to be freed; with the whole block the
+# MLP's output (1) is there again too.
+_BACKWARD_WIDTHS = {"none": 6, "gelu": 10, "block": 7}
 
 
 @dataclass(frozen=True)
@@ -217,7 +220,7 @@ def memory(setup: Setup) -> Memory:
     logits = a * (c.padded_vocab_size * chunk + vocabulary)  # and the weights padded, or a product for dW
     cast = _cast_matrices(setup, forward=True) - _cast_matrices(setup)
     cast += setup.casts * (a * vocabulary + 4 * width)  # the classifier, and its input as ln_f made it
-    backward = a * _BACKWARD_WIDTHS * width
+    backward = a * _BACKWARD_WIDTHS[setup.recompute] * width
     waiting = w * vocabulary if c.tied_head else 0  # the classifier's gradient, for the embedding's
     phases = {
         "loss": kept + logits + cast + width * a,
@@ -326,15 +329,6 @@ class Step:
     mfu: float  # model flops of a step over its time at the peak, as `fastgpt train` reports it
 
 
-def _linear(rows: int, inputs: int, outputs: int, itemsize: int, *, backward: bool) -> Cost:
-    """A matrix product with its operands and result moved once; backward are two."""
-    products = 2 * rows * inputs * outputs
-    x, y, weight = rows * inputs, rows * outputs, inputs * outputs
-    if backward:
-        return Cost(2 * products, (y + 2 * x + 2 * weight) * itemsize)
-    return Cost(products, (x + y + weight) * itemsize)
-
-
 def operations(setup: Setup, *, backward: bool) -> list[Cost]:
     """The operations of a micro-batch's forward or backward pass, each by its least work."""
     c, a = setup.model, setup.activation_bytes
@@ -345,12 +339,12 @@ def operations(setup: Setup, *, backward: bool) -> list[Cost]:
     norm = add_cost(rows, width, stream, backward=backward)
     block = [
         norm,
-        _linear(rows, width, 3 * width, a, backward=backward),
+        linear_cost(rows, width, 3 * width, dtype, backward=backward),
         attention_cost(*heads, backward=backward),
-        _linear(rows, width, width, a, backward=backward),
+        linear_cost(rows, width, width, dtype, backward=backward),
         norm,
         linear_gelu_cost(rows, width, 4 * width, dtype, backward=backward),
-        _linear(rows, 4 * width, width, a, backward=backward),
+        linear_cost(rows, 4 * width, width, dtype, backward=backward),
     ]
     ends = [
         embedding_cost(

@@ -154,7 +154,7 @@ def plan(given: PlanArgs, config: TrainConfig, device: Chip) -> list[Column]:
             gpus_per_node=given.gpus_per_node,
             batch_size=batch,
             micro_batch=given.micro_batch_size or 1,
-            weights=given.weights or config.weights,
+            weights=_weights(given, config),
             precision=_precision(given, config, device),
             recompute=given.recompute or config.recompute,
         )
@@ -168,6 +168,12 @@ def plan(given: PlanArgs, config: TrainConfig, device: Chip) -> list[Column]:
     return columns
 
 
+def _weights(given: PlanArgs, config: TrainConfig) -> Weights:
+    """As resolve_precision has it on a GPU."""
+    weights = given.weights or config.weights
+    return "fp32" if weights == "auto" else weights
+
+
 def _precision(given: PlanArgs, config: TrainConfig, device: Chip) -> str:
     """As resolve_precision has it on a GPU.
 
@@ -176,7 +182,7 @@ def _precision(given: PlanArgs, config: TrainConfig, device: Chip) -> str:
     """
     from fastgpt.plan import known_peak
 
-    weights = given.weights or config.weights
+    weights = _weights(given, config)
     name = given.precision or config.precision
     if name == "auto":
         name = "bf16" if weights == "bf16" or device.peak("bf16") else "fp32"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import importlib.metadata
 import os
@@ -81,23 +82,60 @@ class Precision:
         return peak_flops(torch.cuda.get_device_name(self.device), self.name)
 
 
-def resolve_precision(name: str, device: torch.device, weights: str = "fp32") -> Precision:
+def resolve_precision(
+    name: str, device: torch.device, weights: str = "auto", *, masters: bool = True
+) -> Precision:
     """The precision of that name on `device`, with the TF32 switch set to match.
 
-    `auto` is the dtype of bf16 `weights`, else bf16 on a GPU that has it and fp32 elsewhere.
+    Args:
+        name: `auto` is the dtype of bf16 `weights`, else bf16 on a GPU that has it and on a CPU that
+            multiplies it, if weights may be bf16, and fp32 elsewhere.
+        device: to compute on.
+        weights: `auto` is bf16 on a CPU that computes in bf16, and fp32 elsewhere.
+        masters: whether the optimizer keeps fp32 masters of bf16 weights.
 
     Raises:
         InputError: the device does not have it.
     """
-    has_bf16 = device.type == "cpu" or (device.type == "cuda" and torch.cuda.is_bf16_supported())
+    cpu, cuda = device.type == "cpu", device.type == "cuda"
+    has_bf16 = cpu or (cuda and torch.cuda.is_bf16_supported())
+    may_be_bf16 = weights == "bf16" or (weights == "auto" and masters)
     if name == "auto":
-        name = "bf16" if weights == "bf16" or (device.type == "cuda" and has_bf16) else "fp32"
+        fast = (cuda and has_bf16) or (cpu and may_be_bf16 and cpu_multiplies_bf16())
+        name = "bf16" if weights == "bf16" or fast else "fp32"
+    if weights == "auto":
+        weights = "bf16" if cpu and name == "bf16" and masters else "fp32"
     if name == "tf32" and device.type != "cuda":
         raise InputError("precision tf32 needs an NVIDIA GPU: use fp32 or bf16")
     if name == "bf16" and not has_bf16:
         raise InputError(f"precision bf16 is not supported on this {device.type} device: use fp16 or fp32")
     torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
     return Precision(name, device, weights)
+
+
+def cpu_multiplies_bf16() -> bool:
+    """Whether this CPU has instructions for products of bf16 and the native kernels for all around them."""
+    from fastgpt.ops.library import native_missing
+
+    has = torch.cpu.get_capabilities()
+    return bool(has.get("avx512_bf16") or has.get("amx_bf16")) and not native_missing(
+        "attention", torch.device("cpu")
+    )
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep what the process frees, for it to use again.
+
+    Otherwise activations go back to the system in each step, and come again as pages to be zeroed, one by
+    one: a quarter of a small model's step (docs/cpu.md). Blocks of 32 MB and more are given back all the
+    same. Only glibc has such a switch; elsewhere nothing changes.
+    """
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "gnu_get_libc_version"):
+        return
+    trim_threshold, mmap_threshold = -1, -3  # as malloc.h numbers them
+    libc.mallopt(mmap_threshold, 32 << 20)
+    libc.mallopt(trim_threshold, 1 << 30)
 
 
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:

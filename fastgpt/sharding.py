@@ -28,13 +28,13 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from fastgpt.config import Parallel, Weights
+from fastgpt.config import Parallel
 from fastgpt.distributed import World, replicated
 from fastgpt.errors import InputError
 from fastgpt.model import GPT
 
 
-def arranged(model: GPT, world: World, layout: Parallel, weights: Weights) -> nn.Module:
+def arranged(model: GPT, world: World, layout: Parallel, weights: str) -> nn.Module:
     """What to call to train a GPT on the ranks of a world.
 
     Args:
@@ -53,7 +53,7 @@ def arranged(model: GPT, world: World, layout: Parallel, weights: Weights) -> nn
     return replicated(model, world)
 
 
-def _sharded(model: GPT, world: World, layout: Parallel, weights: Weights) -> nn.Module:
+def _sharded(model: GPT, world: World, layout: Parallel, weights: str) -> nn.Module:
     mesh = _mesh(world, layout)
     policy = MixedPrecisionPolicy()
     if weights == "bf16":

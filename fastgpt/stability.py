@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from fastgpt import checkpoint, sharding
 from fastgpt.config import TrainConfig
-from fastgpt.data import TokenDataset, ValidationSet
+from fastgpt.data import Dataset
 from fastgpt.errors import TrainingStopped
 from fastgpt.evaluate import evaluating
 from fastgpt.model import GPT
@@ -231,15 +231,14 @@ class Growth:
 
     Args:
         model: split over ranks or not.
-        data: PROBE_TOKENS of its validation text are looked at, by all ranks together.
+        data: PROBE_TOKENS of its validation split are looked at, by all ranks together.
         device: of the model.
     """
 
-    def __init__(self, model: GPT, data: TokenDataset, device: torch.device) -> None:
+    def __init__(self, model: GPT, data: Dataset, device: torch.device) -> None:
         self._model, self._device = model, device
-        block_size, vocab_size = model.config.block_size, data.tokenizer.vocab_size
-        count = max(1, PROBE_TOKENS // block_size)
-        self._windows = ValidationSet(data.val, block_size, max_windows=count, vocab_size=vocab_size)
+        block_size = model.config.block_size
+        self._windows = data.validation(block_size, max_samples=max(1, PROBE_TOKENS // block_size))
         self._norms: dict[str, Tensor] = {}
 
     def look(self) -> None:

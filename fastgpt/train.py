@@ -23,17 +23,17 @@ from fastgpt import checkpoint, distributed, runtime, sharding, stability
 from fastgpt.config import GPTConfig, TrainConfig
 from fastgpt.data import (
     Batch,
+    Dataset,
     DownloadError,
-    Loader,
     Prefetcher,
-    TokenDataset,
+    ProblemSet,
     Tokenizer,
-    ValidationSet,
-    prepared,
+    open_dataset,
 )
 from fastgpt.distributed import World
 from fastgpt.errors import InputError
 from fastgpt.evaluate import validation_loss
+from fastgpt.exam import Exam
 from fastgpt.generate import encode_prompt, sample_text
 from fastgpt.metrics import MetricsLog, Silent, announce, plot_losses, step_row, write_record
 from fastgpt.model import GPT
@@ -52,40 +52,36 @@ class Trainer:
     Args:
         config: the run's settings.
         out_dir: the run's folder.
-        data: tokens and their tokenizer.
+        data: what to train on, and its tokenizer.
         model: on the CPU, with its initial weights.
         world: the processes that train it together; by default this one alone.
     """
 
     def __init__(
-        self, config: TrainConfig, out_dir: Path, data: TokenDataset, model: GPT, world: World | None = None
+        self, config: TrainConfig, out_dir: Path, data: Dataset, model: GPT, world: World | None = None
     ) -> None:
         self.config, self.data, self.out_dir = config, data, out_dir
         self.world = world or World(runtime.resolve_device(config.device))
         self.device = self.world.device
-        self.precision = runtime.resolve_precision(config.precision, self.device, config.weights)
+        self.precision = runtime.resolve_precision(
+            config.precision, self.device, config.weights, masters=config.optimizer == "adamw"
+        )
         self.model = model.to(self.device)
         self.model.recompute(config.recompute)
-        self.parallel = sharding.arranged(self.model, self.world, config.parallel, config.weights)
+        self.parallel = sharding.arranged(self.model, self.world, config.parallel, self.precision.weights)
         self.network: Callable[..., Any] = torch.compile(self.parallel) if config.compile else self.parallel
         self.optimizer = optimizer_for(self.model, config)
         self.scaler = self.precision.scaler(shared=self.world.size > 1)
-        block_size, vocab_size = config.model.block_size, data.tokenizer.vocab_size
-        self.loader = Loader(
-            data.train,
-            block_size,
-            config.batch_size,
-            seed=config.seed,
-            vocab_size=vocab_size,
-            names=data.names["train"],
-        )
+        block_size = config.model.block_size
+        self.loader = data.loader(block_size, config.batch_size, seed=config.seed)
         self.prefetch = Prefetcher(self._micro_batches, self.device)
         limit = None if config.eval_tokens is None else max(1, config.eval_tokens // block_size)
-        self.validation = ValidationSet(
-            data.val, block_size, max_windows=limit, vocab_size=vocab_size, names=data.names["val"]
-        ).share(self.world.rank, self.world.size)
+        validation = data.validation(block_size, max_samples=limit)
+        self.validation = validation.share(self.world.rank, self.world.size)
         encode_prompt(data.tokenizer, config.sample_prompt)  # an error now, not after the training
         self.hellaswag = HellaSwag.open(config.hellaswag, data.tokenizer) if config.hellaswag else None
+        self.exam = Exam.of(data, limit) if isinstance(data, ProblemSet) else None
+        self.scores: dict[str, float] = {}  # in the last exam
         self.steps_done = 0
         self.seconds = 0.0  # of training, evaluations and checkpoints not counted
         self.val_loss: float | None = None  # of the weights as they are now
@@ -145,19 +141,18 @@ class Trainer:
     # -- evaluation and checkpoints ----------------------------------------------------------------------
 
     def evaluate(self) -> float:
-        """The loss on the fixed validation windows, of which each rank takes its share."""
+        """The loss on the fixed validation samples, of which each rank takes its share."""
         micro = self.config.micro_batch_size or self.config.batch_size
-        loss = validation_loss(
+        self.val_loss = validation_loss(
             self.model,
             self.validation,
             forward=self.network,
             batch_size=max(micro, _EVAL_BATCH_TOKENS // self.config.model.block_size),
             device=self.device,
             autocast=self.precision.autocast(),
+            mean=self.world.mean,
         )
         sharding.split_again(self.model)
-        share = torch.tensor(loss * self.validation.weight, dtype=torch.float64)
-        self.val_loss = self.world.mean(share).item()
         return self.val_loss
 
     def save(self) -> Path:
@@ -283,6 +278,11 @@ class Trainer:
         row = step_row(self, loss.item(), norm.item(), (self.steps_done - first) / elapsed) | self.guard.row()
         if self._due(self.config.eval_every):
             row |= self.growth.row(self.precision.autocast())
+        if self.exam and self._due(self.config.eval_every):
+            model = sharding.whole_model(self.model, self.world)
+            if self.world.main:
+                self.scores = self.exam.evaluate(model)
+            row |= self.scores
         if self.hellaswag and self._due(self.config.hellaswag_every):
             model = sharding.whole_model(self.model, self.world)
             if self.world.main:
@@ -300,14 +300,17 @@ class Trainer:
         self._since = (time.perf_counter(), self.steps_done)
 
     def sample(self) -> str:
-        """A continuation of sample_prompt by the weights as they are; on other ranks than 0, nothing."""
+        """A continuation of sample_prompt by the weights as they are, or problems that they solve; on other
+        ranks than 0, nothing."""
         if self._sample is None:
             config, model = self.config, sharding.whole_model(self.model, self.world)
             prompt, length = config.sample_prompt, config.sample_tokens
-            if self.world.main:
-                self._sample = sample_text(model, self.data.tokenizer, prompt, length, seed=config.seed)
-            else:
+            if not self.world.main:
                 self._sample = ""
+            elif self.exam and not prompt:
+                self._sample = self.exam.show(model)
+            else:
+                self._sample = sample_text(model, self.data.tokenizer, prompt, length, seed=config.seed)
         return self._sample
 
 
@@ -324,6 +327,8 @@ def train(config: TrainConfig) -> Trainer:
     if config.out_dir is None:
         raise InputError("out_dir is not set: name the folder for the run")
     with distributed.joined(config.device, config.timeout_minutes) as world:
+        if world.device.type == "cpu":
+            runtime.keep_freed_memory()
         out_dir = world.from_main(config.out_dir)  # its name may hold the time
         trainer = _trainer(dataclasses.replace(config, out_dir=out_dir), out_dir, world)
         if world.main:
@@ -367,8 +372,8 @@ def _starting_weights(config: TrainConfig, out_dir: Path) -> Pretrained | checkp
 
 def open_data(
     config: TrainConfig, tokenizer: Tokenizer | None, say: Callable[[str], None] = print
-) -> tuple[TokenDataset, TrainConfig]:
-    """The tokens of config.corpus, and the config with corpus and vocabulary resolved.
+) -> tuple[Dataset, TrainConfig]:
+    """The data of config.corpus, and the config with corpus and vocabulary resolved.
 
     Args:
         config: names the corpus, and the tokenizer where none is given.
@@ -377,20 +382,13 @@ def open_data(
     """
     chosen = tokenizer or config.tokenizer
     try:
-        folder = prepared(config.corpus, chosen, val_fraction=config.val_fraction)
+        data = open_dataset(config.corpus, chosen, val_fraction=config.val_fraction)
     except DownloadError as error:
         if config.fallback_corpus is None:
             raise
         say(f"{error}: training on {config.fallback_corpus!r} instead")
         config = dataclasses.replace(config, corpus=config.fallback_corpus)
-        folder = prepared(config.corpus, chosen, val_fraction=config.val_fraction)
-    data = TokenDataset.open(folder)
-    if tokenizer is not None and data.tokenizer != tokenizer:
-        raise InputError(
-            f"the tokens in {folder} are of another vocabulary ({data.tokenizer.name}, "
-            f"{data.tokenizer.vocab_size} tokens) than the weights' ({tokenizer.name}, "
-            f"{tokenizer.vocab_size} tokens): train on text instead, and it is tokenised to fit"
-        )
+        data = open_dataset(config.corpus, chosen, val_fraction=config.val_fraction)
     vocab_size = data.tokenizer.vocab_size
     if config.model.vocab_size not in (vocab_size, GPTConfig.vocab_size):
         raise InputError(

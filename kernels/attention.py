@@ -332,7 +332,11 @@ def attention_forward(
         WINDOWED=windowed,
         num_warps=config.warps,
         num_stages=config.stages,
-        maxnreg=most_registers(q, crowded=seed is not None or Tq <= FEW_QUERIES or q.dtype == torch.float32),
+        maxnreg=most_registers(
+            q,
+            crowded=seed is not None or Tq <= FEW_QUERIES or windowed or q.dtype == torch.float32,
+            widest=80 if seed is not None and windowed else 48,
+        ),
     )
     if parts is not None:
         launch(

@@ -410,12 +410,14 @@ def attention_backward(
     inputs = *strides(q), *strides(k), *strides(v)
     sizes = H, Tq, Tk, window if windowed else Tk, D**-0.5 if scale is None else scale, dropout_p
     constants = {"D": D, "BLOCK_D": block_d(D), "WINDOWED": windowed}
-    registers = most_registers(q, crowded=seed is not None)
+    registers = most_registers(q, crowded=seed is not None or windowed)
     dropout = None if seed is None else QUERIES_DROPOUT
     # At 48 a second stage spills on sm_120, and with Triton 3.8 at 64 too.
     if dropout is not None and (block_d(D) > D or chip(q.device).family == 120):
         dropout = dropout._replace(stages=1)
     config = choose(QUERIES_HALVES, QUERIES_FP32, q, dropout=dropout, half_step=seed is not None)
+    if windowed and q.dtype == torch.float32:  # 32 rows spill 24 bytes on sm_100 at 64
+        config = config._replace(rows=16)
     if has_alternatives(q, seed, windowed):
         config = tuned("attention_backward_queries", config, CANDIDATES)
     launch(

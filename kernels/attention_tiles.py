@@ -199,13 +199,14 @@ def choose(
     return config._replace(step=max(config.step // 2, 32)) if half_step else config
 
 
-def most_registers(x: Tensor, *, crowded: bool) -> int | None:
+def most_registers(x: Tensor, *, crowded: bool, widest: int = 48) -> int | None:
     """`maxnreg` of a launch on heads of x: all that a thread can have where heads are narrow and `crowded`.
 
     Told no limit, ptxas keeps to what lets one program more fit an SM (80, 96, 128 or 168 registers with 4
-    warps), even where it then spills: 8 to 16 bytes at 16 to 48; at which differs between versions of Triton.
+    warps), even where it then spills: 8 to 24 bytes at up to `widest` channels, in fp32 up to 80; at which
+    differs between versions of Triton.
     """
-    return 255 if crowded and x.shape[-1] < 64 else None
+    return 255 if crowded and x.shape[-1] <= (80 if x.dtype == torch.float32 else widest) else None
 
 
 def has_alternatives(q: Tensor, seed: Tensor | None, windowed: bool) -> bool:

@@ -16,7 +16,7 @@ from fastgpt.config import PRESETS, TrainConfig
 from fastgpt.train import train
 
 SHAPE = "--n-layer 1 --n-head 2 --n-embd 16 --block-size 16"
-SMALL = [*SHAPE.split(), *"--batch-size 4 --device cpu --sample-tokens 12".split()]
+SMALL = [*SHAPE.split(), *"--batch-size 4 --device cpu --precision fp32 --sample-tokens 12".split()]
 
 
 @pytest.fixture(scope="module")

@@ -69,7 +69,8 @@ def train(gpt: GPT, steps: int = STEPS) -> Tensor:
 def test_every_operation_has_a_kernel(name: str) -> None:
     """`use("triton")` leaves an operation without such a row at its old choice, unnoticed."""
     rows = {row.operation for row in ops.table() if row.name == name}
-    assert rows == {row.operation for row in ops.table() if row.name == "eager"}
+    without = {"linear"} if name == "triton" else set()  # whose products are cuBLAS's
+    assert rows == {row.operation for row in ops.table() if row.name == "eager"} - without
 
 
 @implementations

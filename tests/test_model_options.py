@@ -33,8 +33,11 @@ MUTANTS = {
     "fastgpt/model.py": [
         ("q, k = rotation(q), rotation(k)", "q, k = rotation(q), k"),
         ("q, k = self.q_norm(q), self.k_norm(k)", "q, k = self.q_norm(q), self.q_norm(k)"),
-        ("F.silu(self.c_gate(x)) * self.c_fc(x)", "self.c_gate(x) * F.silu(self.c_fc(x))"),
-        ("h = F.relu(self.c_fc(x)).square()", "h = F.relu(self.c_fc(x))"),
+        (
+            "F.silu(_linear(self.c_gate, x)) * _linear(self.c_fc, x)",
+            "_linear(self.c_gate, x) * F.silu(_linear(self.c_fc, x))",
+        ),
+        ("h = F.relu(_linear(self.c_fc, x)).square()", "h = F.relu(_linear(self.c_fc, x))"),
         ("else branch + x\n", "else x\n"),
         ("self.weight.to(x.dtype)", "self.weight"),
         ("x = ops.dropout_add(branch, x, p=dropout) if dropout else", "x ="),

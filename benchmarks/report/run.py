@@ -16,6 +16,7 @@ from fastgpt.benchmarks.report.sections import Chart, Section, slug
 from fastgpt.benchmarks.report.tables import Column, Table, number
 from fastgpt.config import CONFIG
 from fastgpt.errors import InputError
+from fastgpt.exam import NAMES
 from fastgpt.metrics import KEYS, METRICS, read_metrics
 from fastgpt.stability import GROUPS
 
@@ -40,6 +41,13 @@ CURVES = (
     Curves("loss", "Loss", "nats a token", {"train_loss": "train, one batch", "val_loss": "validation"}),
     Curves(
         "hellaswag", "HellaSwag", "accuracy", {"hellaswag_acc": "acc", "hellaswag_acc_norm": "acc_norm"}, True
+    ),
+    Curves(
+        "accuracy",
+        "Right answers to held-out problems",
+        "accuracy",
+        {"accuracy": "all", **{f"accuracy_{name}": name for name in NAMES.values()}},
+        True,
     ),
     Curves("lr", "Learning rate", "learning rate", {"lr": ""}, True),
     Curves("grad-norm", "Gradient norm, before clipping", "norm", {"grad_norm": ""}, log=True),

@@ -21,6 +21,7 @@ struct LinearGelu : torch::autograd::Function<LinearGelu> {
     ctx->saved_data["approximate"] = std::string(approximate);
     ctx->saved_data["has_bias"] = bias.has_value();
     ctx->mark_non_differentiable({h});
+    ctx->set_materialize_grads(false);  // no zeros for h
     return {y, h};
   }
 

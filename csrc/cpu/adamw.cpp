@@ -45,7 +45,7 @@ class Chunks {
   // f(number of the tensor, number of the chunk in it, number of the chunk), in parallel.
   template <typename F>
   void for_each(F f) const {
-    at::parallel_for(0, count(), kGrain, [&](int64_t begin, int64_t end) {
+    parallel_for(0, count(), kGrain, [&](int64_t begin, int64_t end) {
       int64_t tensor = std::upper_bound(ends_.begin(), ends_.end(), begin) - ends_.begin();
       for (int64_t chunk = begin; chunk < end; ++chunk) {
         while (chunk >= ends_[tensor]) ++tensor;

@@ -79,11 +79,10 @@ int64_t blocks(int64_t count) { return (count + kBlock - 1) / kBlock; }
 // Tasks that take about `multiplications` each, in threads.
 template <typename F>
 void in_threads(int64_t tasks, int64_t multiplications, int64_t scratch_floats, F task) {
-  at::parallel_for(0, tasks, kGrain / std::max<int64_t>(multiplications, 1) + 1,
-                   [&](int64_t begin, int64_t end) {
-                     const Scratch own = scratch(scratch_floats);
-                     for (int64_t i = begin; i < end; ++i) task(i, own.get());
-                   });
+  parallel_for(0, tasks, kGrain / std::max<int64_t>(multiplications, 1) + 1, [&](int64_t begin, int64_t end) {
+    const Scratch own = scratch(scratch_floats);
+    for (int64_t i = begin; i < end; ++i) task(i, own.get());
+  });
 }
 
 template <typename T>

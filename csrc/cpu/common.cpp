@@ -11,7 +11,7 @@ Tensor sum_blocks(const Tensor& partials, at::ScalarType dtype) {
   with_type(dtype, [&](auto type) {
     using T = decltype(type);
     const auto loop = FASTGPT_CHOOSE(sum_blocks<T>);
-    at::parallel_for(0, width, 4096, [&](int64_t begin, int64_t end) {
+    parallel_for(0, width, 4096, [&](int64_t begin, int64_t end) {
       loop(const_data<float>(partials), data<T>(out), partials.size(0), width, begin, end);
     });
   });

@@ -6,6 +6,7 @@
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
+#include <atomic>
 #include <optional>
 
 #include "cpu/number.h"
@@ -47,6 +48,24 @@ const T* const_data(const std::optional<Tensor>& tensor) {
 // An uninitialised, contiguous tensor on the CPU.
 inline Tensor empty(at::IntArrayRef shape, at::ScalarType dtype) {
   return at::empty(shape, at::TensorOptions().dtype(dtype));
+}
+
+// f(begin, end) for the pieces of a range, in parallel where it is longer than `grain`. A thread takes the
+// next piece when it is done with one, so that nobody waits for one whose processor is busy with something
+// else.
+template <typename F>
+void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
+  constexpr int64_t kPiecesOfThread = 4;
+  const int64_t count = end - begin, most = (count + grain - 1) / std::max<int64_t>(grain, 1);
+  const int64_t threads = at::in_parallel_region() ? 1 : std::min<int64_t>(at::get_num_threads(), most);
+  if (count <= 0) return;
+  if (threads <= 1) return f(begin, end);
+  const int64_t pieces = std::min(most, threads * kPiecesOfThread), size = (count + pieces - 1) / pieces;
+  std::atomic<int64_t> next{begin};
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t first = next.fetch_add(size); first < end; first = next.fetch_add(size))
+      f(first, std::min(first + size, end));
+  });
 }
 
 // Sums over rows are made of sums over blocks of rows, added in order. The blocks depend on the number of

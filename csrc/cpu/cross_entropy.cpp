@@ -84,8 +84,8 @@ void loss_rows(const Tensor& logits, const Tensor& targets, const std::optional<
     rows.count = count;
     rows.filled = filled;
     const auto loop = FASTGPT_CHOOSE(cross_entropy_rows<T>);
-    at::parallel_for(0, logits.size(0), kGrain / rows.width + 1,
-                     [&](int64_t begin, int64_t end) { loop(rows, begin, end); });
+    parallel_for(0, logits.size(0), kGrain / rows.width + 1,
+                 [&](int64_t begin, int64_t end) { loop(rows, begin, end); });
   });
 }
 

@@ -29,7 +29,7 @@ Tensor dropout_add(const Tensor& x, const std::optional<Tensor>& residual, const
     using T = decltype(type);
     const auto loop = FASTGPT_CHOOSE(dropout_add<T>);
     const int64_t blocks = (count + kDropoutBlock - 1) / kDropoutBlock;
-    at::parallel_for(0, blocks, kGrain, [&](int64_t begin, int64_t end) {
+    parallel_for(0, blocks, kGrain, [&](int64_t begin, int64_t end) {
       loop(const_data<T>(x), const_data<T>(residual), data<T>(y), key, threshold, scale, begin, end, count);
     });
   });

@@ -48,6 +48,23 @@
 #include "cpu/vec.h"
 #include FASTGPT_LOOPS
 #undef FASTGPT_ISA
+#ifdef __clang__
+#pragma clang attribute pop
+#pragma clang attribute push(                                                                        \
+    __attribute__((target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,bmi2"))), \
+    apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target( \
+    "avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi,bmi2,prefer-vector-width=512")
+#endif
+#define FASTGPT_ISA avx512_bf16
+#define FASTGPT_BF16 1
+#include "cpu/vec.h"
+#include FASTGPT_LOOPS
+#undef FASTGPT_ISA
+#undef FASTGPT_BF16
 #undef FASTGPT_VECTOR_BYTES
 #ifdef __clang__
 #pragma clang attribute pop

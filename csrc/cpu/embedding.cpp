@@ -40,7 +40,7 @@ Tensor embedding_forward(const Tensor& idx, const Tensor& token_weight, const Te
       using Y = std::conditional_t<std::is_same_v<W, P>, W, float>;  // as they promote
       const auto loop = FASTGPT_CHOOSE(add_rows<W, P, Y>);
       const int64_t grain = kGrain / std::max<int64_t>(width, 1) + 1;
-      at::parallel_for(0, tokens.numel(), grain, [&](int64_t begin, int64_t end) {
+      parallel_for(0, tokens.numel(), grain, [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; ++row)
           loop(const_data<W>(wt) + checked(token[row], vocab_size) * width,
                const_data<P>(wp) + (start + row % length) * width, data<Y>(y) + row * width, width);
@@ -87,7 +87,7 @@ Tensor token_gradient(const Tensor& dy, const Tensor& tokens, int64_t vocab_size
       using T = decltype(type);
       const auto loop = FASTGPT_CHOOSE(sum_rows<D, T>);
       const int64_t grain = kGrain / std::max<int64_t>(width, 1) + 1;
-      at::parallel_for(0, vocab_size + tokens.numel(), grain, [&](int64_t begin, int64_t end) {
+      parallel_for(0, vocab_size + tokens.numel(), grain, [&](int64_t begin, int64_t end) {
         const int64_t last = first_token(end);
         for (int64_t v = first_token(begin); v < last; ++v) {
           const int64_t absent = v;
@@ -113,7 +113,7 @@ Tensor position_gradient(const Tensor& dy, int64_t block_size, int64_t start, at
       using T = decltype(type);
       const auto loop = FASTGPT_CHOOSE(sum_rows<D, T>);
       const int64_t grain = kGrain / std::max<int64_t>(width * batch, 1) + 1;
-      at::parallel_for(0, block_size, grain, [&](int64_t begin, int64_t end) {
+      parallel_for(0, block_size, grain, [&](int64_t begin, int64_t end) {
         for (int64_t row = begin; row < end; ++row) {
           const int64_t t = row - start;
           const bool used = t >= 0 && t < length;

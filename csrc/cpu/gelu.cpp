@@ -26,7 +26,7 @@ Tensor gelu_forward(const Tensor& x, std::string_view approximate) {
   with_form(x.scalar_type(), approximate, [&](auto type, auto form) {
     using T = decltype(type);
     const auto loop = FASTGPT_CHOOSE(gelu_forward<T, decltype(form)::value>);
-    at::parallel_for(0, x.numel(), kGrain, [&](int64_t begin, int64_t end) {
+    parallel_for(0, x.numel(), kGrain, [&](int64_t begin, int64_t end) {
       loop(const_data<T>(values) + begin, nullptr, nullptr, data<T>(y) + begin, 1, end - begin);
     });
   });
@@ -53,7 +53,7 @@ void bias_gelu_into(const Tensor& x, const std::optional<Tensor>& bias, const Te
   with_form(x.scalar_type(), approximate, [&](auto type, auto form) {
     using T = decltype(type);
     const auto loop = FASTGPT_CHOOSE(gelu_forward<T, decltype(form)::value>);
-    at::parallel_for(0, rows, kGrain / std::max<int64_t>(width, 1) + 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, rows, kGrain / std::max<int64_t>(width, 1) + 1, [&](int64_t begin, int64_t end) {
       const int64_t at = begin * width;
       loop(const_data<T>(x) + at, const_data<float>(bias), h.defined() ? data<T>(h) + at : nullptr,
            data<T>(y) + at, end - begin, width);
@@ -75,7 +75,7 @@ std::tuple<Tensor, Tensor> bias_gelu_gradients(const Tensor& dy, const Tensor& x
     using T = decltype(type);
     const auto loop = FASTGPT_CHOOSE(gelu_backward<T, decltype(form)::value>);
     const int64_t grain = kGrain / std::max<int64_t>(width * blocks.size, 1) + 1;
-    at::parallel_for(0, blocks.count, grain, [&](int64_t first, int64_t last) {
+    parallel_for(0, blocks.count, grain, [&](int64_t first, int64_t last) {
       for (int64_t block = first; block < last; ++block) {
         const int64_t at = blocks.begin(block) * width;
         loop(const_data<T>(dout) + at, const_data<T>(values) + at, const_data<float>(b), data<T>(dx) + at,
@@ -92,7 +92,7 @@ Tensor gelu_gradient(const Tensor& dy, const Tensor& x, std::string_view approxi
   with_form(dtype, approximate, [&](auto type, auto form) {
     using T = decltype(type);
     const auto loop = FASTGPT_CHOOSE(gelu_backward<T, decltype(form)::value>);
-    at::parallel_for(0, x.numel(), kGrain, [&](int64_t begin, int64_t end) {
+    parallel_for(0, x.numel(), kGrain, [&](int64_t begin, int64_t end) {
       loop(const_data<T>(dout) + begin, const_data<T>(values) + begin, nullptr, data<T>(dx) + begin, nullptr,
            1, end - begin);
     });

@@ -1,6 +1,8 @@
 #include "cpu/isa.h"
 
+#include <algorithm>
 #include <cstdlib>
+#include <iterator>
 #include <stdexcept>
 #include <string>
 
@@ -14,7 +16,9 @@ Isa best() {
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  return avx2 && avx512 ? Isa::kAvx512 : avx2 ? Isa::kAvx2 : Isa::kBaseline;
+  if (!avx2) return Isa::kBaseline;
+  if (!avx512) return Isa::kAvx2;
+  return __builtin_cpu_supports("avx512bf16") ? Isa::kAvx512Bf16 : Isa::kAvx512;
 #else
   return Isa::kBaseline;
 #endif
@@ -24,12 +28,11 @@ Isa chosen() {
   const char* wanted = std::getenv("FASTGPT_CPU_ISA");
   if (wanted == nullptr || *wanted == '\0') return best();
   const std::string name = wanted;
-  const Isa isa =
-      name == "baseline" ? Isa::kBaseline
-      : name == "avx2"   ? Isa::kAvx2
-      : name == "avx512"
-          ? Isa::kAvx512
-          : throw std::runtime_error("FASTGPT_CPU_ISA=" + name + ": it must be baseline, avx2 or avx512");
+  const auto* const found = std::find(std::begin(kIsaNames), std::end(kIsaNames), name);
+  if (found == std::end(kIsaNames))
+    throw std::runtime_error("FASTGPT_CPU_ISA=" + name +
+                             ": it must be baseline, avx2, avx512 or avx512_bf16");
+  const auto isa = static_cast<Isa>(found - std::begin(kIsaNames));
   if (isa > best()) throw std::runtime_error("FASTGPT_CPU_ISA=" + name + ": this machine does not have it");
   return isa;
 }

@@ -13,20 +13,22 @@
 
 namespace fastgpt {
 
-enum class Isa { kBaseline, kAvx2, kAvx512 };
+enum class Isa { kBaseline, kAvx2, kAvx512, kAvx512Bf16 };
+constexpr const char* kIsaNames[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
 
 // The best instruction set of this machine, or the lesser one that the environment's FASTGPT_CPU_ISA
-// (baseline, avx2, avx512) asks for: looked up once.
+// (baseline, avx2, avx512, avx512_bf16) asks for: looked up once.
 Isa isa();
 
 }  // namespace fastgpt
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(FASTGPT_BASELINE_ONLY)
 #define FASTGPT_X86 1
-#define FASTGPT_CHOOSE(...)                                                \
-  (fastgpt::isa() == fastgpt::Isa::kAvx512 ? &fastgpt::avx512::__VA_ARGS__ \
-   : fastgpt::isa() == fastgpt::Isa::kAvx2 ? &fastgpt::avx2::__VA_ARGS__   \
-                                           : &fastgpt::baseline::__VA_ARGS__)
+#define FASTGPT_CHOOSE(...)                                                         \
+  (fastgpt::isa() == fastgpt::Isa::kAvx512Bf16 ? &fastgpt::avx512_bf16::__VA_ARGS__ \
+   : fastgpt::isa() == fastgpt::Isa::kAvx512   ? &fastgpt::avx512::__VA_ARGS__      \
+   : fastgpt::isa() == fastgpt::Isa::kAvx2     ? &fastgpt::avx2::__VA_ARGS__        \
+                                               : &fastgpt::baseline::__VA_ARGS__)
 #else
 #define FASTGPT_CHOOSE(...) (&fastgpt::baseline::__VA_ARGS__)
 #endif

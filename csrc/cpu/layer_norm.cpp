@@ -28,7 +28,7 @@ NormForward forward(const Tensor& x, const std::optional<Tensor>& residual, cons
   with_type(dtype, [&](auto type) {
     using T = decltype(type);
     const auto loop = FASTGPT_CHOOSE(layer_norm_forward<T>);
-    at::parallel_for(0, rows, kGrain / std::max<int64_t>(width, 1) + 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, rows, kGrain / std::max<int64_t>(width, 1) + 1, [&](int64_t begin, int64_t end) {
       loop(const_data<T>(values), const_data<T>(added), const_data<float>(w), const_data<float>(b),
            data<T>(out.y), residual.has_value() ? data<T>(out.summed) : nullptr,
            centred ? data<float>(out.mean) : nullptr, data<float>(out.rstd), begin, end, width,
@@ -55,7 +55,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dy, const std::optiona
     using T = decltype(type);
     const auto loop = FASTGPT_CHOOSE(layer_norm_backward<T>);
     const int64_t grain = kGrain / std::max<int64_t>(width * blocks.size, 1) + 1;
-    at::parallel_for(0, blocks.count, grain, [&](int64_t first, int64_t last) {
+    parallel_for(0, blocks.count, grain, [&](int64_t first, int64_t last) {
       for (int64_t block = first; block < last; ++block)
         loop(const_data<T>(dout), const_data<T>(added), const_data<T>(values), const_data<float>(w),
              const_data<float>(centre), const_data<float>(scale), data<T>(dx),

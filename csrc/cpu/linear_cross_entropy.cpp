@@ -2,14 +2,13 @@
 //
 //   l = x W^T,  l -> dl in place,  dx = dl W,  dW += dl^T x in fp32
 //
-// with gradients for a dloss of 1, or for the dloss of each row, not yet divided by the count. ATen
-// multiplies: its products of bf16 accumulate in fp32 and round once, so that dW is a sum, in fp32, of one
-// rounded product for each chunk. Half precision, which few CPUs multiply, is computed in fp32.
-#include <ATen/ops/addmm.h>
-#include <ATen/ops/mm.h>
+// with gradients for a dloss of 1, or for the dloss of each row, not yet divided by the count. Products
+// of bf16 accumulate in fp32 and round once, so that dW is a sum, in fp32, of one rounded product for each
+// chunk. Half precision, which few CPUs multiply, is computed in fp32.
 #include <torch/library.h>
 
 #include "cpu/cross_entropy.h"
+#include "cpu/product.h"
 
 #define FASTGPT_LOOPS "cpu/loops/scale.h"
 #include "cpu/each_isa.h"
@@ -24,17 +23,15 @@ constexpr int64_t kProductRows = 4096;  // of dW at a time in bf16
 // total (V, C) += dl^T x, or total = dl^T x for the first chunk; `product` (kProductRows, C) is for bf16.
 void add_product(const Tensor& total, const Tensor& dl, const Tensor& x, const Tensor& product, bool first) {
   if (dl.scalar_type() == at::kFloat) {
-    Tensor out = total;
-    at::addmm_out(out, total, dl.t(), x, first ? 0 : 1);
-    return;
+    return multiply_into(total, dl.t(), x, !first);
   }
   const int64_t width = x.size(1);
   const auto loop = FASTGPT_CHOOSE(accumulate<BFloat16>);
   for (int64_t v = 0; v < total.size(0); v += kProductRows) {
     const int64_t end = std::min(v + kProductRows, total.size(0));
-    Tensor part = product.slice(0, 0, end - v);
-    at::mm_out(part, dl.slice(1, v, end).t(), x);
-    at::parallel_for(0, part.numel(), kGrain, [&](int64_t begin, int64_t stop) {
+    const Tensor part = product.slice(0, 0, end - v);
+    multiply_into(part, dl.slice(1, v, end).t(), x);
+    parallel_for(0, part.numel(), kGrain, [&](int64_t begin, int64_t stop) {
       loop(const_data<BFloat16>(part), data<float>(total) + v * width, first, begin, stop);
     });
   }
@@ -66,16 +63,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor
   const Tensor product = empty({weight_gradient ? std::min(kProductRows, vocab_size) : 0, width}, dtype);
   for (int64_t begin = 0; begin < rows; begin += size) {
     const int64_t end = std::min(begin + size, rows);
-    const Tensor chunk = flat.slice(0, begin, end);   // (n, C)
-    Tensor logits = buffer.slice(0, 0, end - begin);  // (n, V), soon dl
-    at::mm_out(logits, chunk, w.t());
+    const Tensor chunk = flat.slice(0, begin, end);         // (n, C)
+    const Tensor logits = buffer.slice(0, 0, end - begin);  // (n, V), soon dl
+    multiply_into(logits, chunk, w.t());
     loss_rows(logits, aims.slice(0, begin, end), g.has_value() ? std::optional(g->slice(0, begin, end)) : g,
               1.0f, flat_losses.slice(0, begin, end), x_gradient || weight_gradient ? logits : Tensor(),
               false, options);
-    if (x_gradient) {
-      Tensor out = dx.slice(0, begin, end);
-      at::mm_out(out, logits, w);
-    }
+    if (x_gradient) multiply_into(dx.slice(0, begin, end), logits, w);
     if (weight_gradient) add_product(total, logits, chunk, product, begin == 0);
   }
   const auto [loss, count] = reduce(losses, counted, reduction);
@@ -98,7 +92,7 @@ Tensor backward(const Tensor& gradient, const std::optional<Tensor>& dloss, cons
       using T = decltype(from);
       using U = decltype(to);
       const auto loop = FASTGPT_CHOOSE(scale<T, U>);
-      at::parallel_for(0, x.numel(), kGrain, [&](int64_t begin, int64_t end) {
+      parallel_for(0, x.numel(), kGrain, [&](int64_t begin, int64_t end) {
         loop(const_data<T>(x), data<U>(y), factor, begin, end);
       });
     });

@@ -1,10 +1,9 @@
-// linear_gelu on CPU tensors: PyTorch's matrix products (oneDNN, MKL) around the loops of bias_gelu. The
+// linear_gelu on CPU tensors: the libraries' matrix products around the loops of bias_gelu. The
 // equations are in fastgpt/ops/gelu.py.
-#include <ATen/ops/linear.h>
-#include <ATen/ops/mm.h>
 #include <torch/library.h>
 
 #include "cpu/gelu.h"
+#include "cpu/product.h"
 
 namespace fastgpt {
 namespace {
@@ -13,7 +12,9 @@ std::tuple<Tensor, Tensor> linear_gelu_forward(const Tensor& x, const Tensor& we
                                                const std::optional<Tensor>& bias,
                                                std::string_view approximate, bool save) {
   const PlainProducts guard;
-  const Tensor h = at::linear(x, weight).contiguous();
+  auto shape = x.sizes().vec();
+  shape.back() = weight.size(0);
+  const Tensor h = multiply(as_matrix(x), weight.t()).view(shape);
   const Tensor y = save ? empty(h.sizes(), h.scalar_type()) : h;
   const bool write = save && bias.has_value();
   bias_gelu_into(h, plain(bias, at::kFloat), write ? h : Tensor(), y, approximate);
@@ -31,10 +32,9 @@ std::tuple<Tensor, Tensor, Tensor> linear_gelu_backward(const Tensor& dy, const 
     std::tie(dh, db) = bias_gelu_gradients(dy, h, std::nullopt, approximate, dtype, dtype);
   else
     dh = gelu_gradient(dy, h, approximate);
-  const int64_t width = x.size(-1), rows = c10::multiply_integers(x.sizes().slice(0, x.dim() - 1));
-  const Tensor matrix = dh.view({rows, weight.size(0)});
-  if (need_dx) dx = at::mm(matrix, weight).view(x.sizes());
-  if (need_dw) dw = at::mm(matrix.t(), x.reshape({rows, width}));
+  const Tensor matrix = as_matrix(dh);
+  if (need_dx) dx = multiply(matrix, weight).view(x.sizes());
+  if (need_dw) dw = multiply(matrix.t(), as_matrix(x));
   return {dx, dw, db};
 }
 

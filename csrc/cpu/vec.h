@@ -22,9 +22,13 @@ inline Vec as_float(Bits x) { return (Vec)x; }
 
 // float -> the 16 bits of the nearest value, ties to even; NaN stays NaN.
 inline HalfBits to_bfloat16(Vec x) {
+#ifdef FASTGPT_BF16
+  return (HalfBits)_mm512_cvtneps_pbh(x);  // numbers below 2^-126 become 0
+#else
   const Bits bits = as_bits(x);
   const Bits rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
   return __builtin_convertvector((x == x ? rounded : bits | 0x400000u) >> 16, HalfBits);
+#endif
 }
 
 inline Vec from_bfloat16(HalfBits x) { return as_float(__builtin_convertvector(x, Bits) << 16); }
@@ -111,6 +115,11 @@ inline Vec fma(Vec a, Vec b, Vec c) {
 #endif
 }
 
+#if FASTGPT_VECTOR_BYTES == 64
+// x 2^n for whole n, also where that is infinite or subnormal.
+inline Vec times_power(Vec x, Vec n) { return _mm512_maskz_scalef_ps(0xffff, x, n); }
+#endif
+
 inline Vec abs(Vec x) { return as_float(as_bits(x) & 0x7fffffffu); }
 inline Vec sqrt(Vec x) {
   for (int64_t i = 0; i < kWidth; ++i) x[i] = std::sqrt(x[i]);
@@ -160,8 +169,13 @@ inline ExpParts exp_parts(Vec x) {
   return {p, as_bits(shifted), as_bits(shifter)};
 }
 
-// 0 below -87.34, where the result is subnormal.
+// Below -87.34, where the result is subnormal, 0 or that.
 inline Vec exp(Vec x) {
+#if FASTGPT_VECTOR_BYTES == 64
+  x = x < -104.0f ? splat(-104.0f) : x > 89.0f ? splat(89.0f) : x;
+  const ExpParts clamped = exp_parts(x);
+  return times_power(clamped.power, (Vec)clamped.shifted - (Vec)clamped.shifter);
+#else
   const ExpParts parts = exp_parts(x);
   // 2^n in two factors, since 2^128, on the way to the largest floats, is none.
   const IntVec whole = (IntVec)(parts.shifted - parts.shifter);
@@ -172,6 +186,7 @@ inline Vec exp(Vec x) {
   y = x > 88.7228394f ? splat(std::numeric_limits<float>::infinity()) : y;
   y = x < -87.3365479f ? Vec{} : y;
   return x == x ? y : x;
+#endif
 }
 
 }  // namespace fastgpt::FASTGPT_ISA

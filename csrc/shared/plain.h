@@ -3,6 +3,7 @@
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
+#include <c10/util/accumulate.h>
 
 #include <optional>
 
@@ -14,6 +15,11 @@ inline at::Tensor plain(const at::Tensor& tensor, at::ScalarType dtype) {
 }
 inline std::optional<at::Tensor> plain(const std::optional<at::Tensor>& tensor, at::ScalarType dtype) {
   return tensor.has_value() ? std::optional(plain(*tensor, dtype)) : std::nullopt;
+}
+
+// (..., width) as (rows, width), a view where strides allow it.
+inline at::Tensor as_matrix(const at::Tensor& x) {
+  return x.reshape({c10::multiply_integers(x.sizes().slice(0, x.dim() - 1)), x.size(-1)});
 }
 
 // While it lives, products are of the operands as they are, also in a backward pass under autocast.

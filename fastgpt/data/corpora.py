@@ -15,6 +15,7 @@ from fastgpt.errors import InputError
 from fastgpt.files import cache_dir
 
 CORPORA = ("shakespeare", "pydocs")
+PROBLEM_CORPORA = ("addition", "calculator")  # made as they are needed, from no text: see `problems`
 # A folder is searched for prose and source code; data formats are left alone.
 TEXT_SUFFIXES = (
     *(".txt", ".text", ".md", ".rst", ".tex", ".org", ".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp"),
@@ -70,6 +71,8 @@ def open_corpus(name_or_path: str | Path) -> Corpus:
         return _shakespeare()
     if str(name_or_path) == "pydocs":
         return _pydocs()
+    if str(name_or_path) in PROBLEM_CORPORA:
+        raise InputError(f"{name_or_path} is no text: its problems are made in training, as they are needed")
     path = Path(name_or_path).expanduser()
     data_file = path.is_file() and path.name.lower().endswith(DATA_SUFFIXES)
     if data_file or is_hub_name(str(name_or_path)):
@@ -83,10 +86,10 @@ def open_corpus(name_or_path: str | Path) -> Corpus:
         return _files(path.name, path.parent, [path])
     if path.exists():
         raise InputError(f"{path} is neither a file nor a folder: a corpus is text files")
-    close = difflib.get_close_matches(str(name_or_path), (*CORPORA, *HUB_CORPORA), n=1)
+    close = difflib.get_close_matches(str(name_or_path), (*CORPORA, *PROBLEM_CORPORA, *HUB_CORPORA), n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
     raise InputError(
-        f"no corpus {str(name_or_path)!r}: {hint}It is {' or '.join(map(repr, CORPORA))}, "
+        f"no corpus {str(name_or_path)!r}: {hint}It is {', '.join(map(repr, (*CORPORA, *PROBLEM_CORPORA)))}, "
         "or the path of a text file or a folder of text files, and there is nothing at this path. "
         f"`fastgpt prepare` knows {', '.join(HUB_CORPORA)} and {HUB_PREFIX}OWNER/NAME of the hub too"
     )

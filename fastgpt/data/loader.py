@@ -1,9 +1,10 @@
-"""Which tokens make up which batch: a function of the seed and the step number, and of nothing else.
+"""Which samples make up which batch: a function of the seed and the step number, and of nothing else.
 
-Every shard is tiled with windows of `block_size + 1` tokens at stride `block_size` (neighbours share a
-token: the last target of one is the first input of the next). In each epoch the windows of all shards
-come once each, in an order given by a keyed permutation, so nothing has to be stored to shuffle, to
-resume, or to share the work between processes.
+Samples are numbered. In each epoch all of them come once each, in an order given by a keyed permutation, so
+nothing has to be stored to shuffle, to resume, or to share the work between processes.
+
+The samples of text are windows: every shard is tiled with windows of `block_size + 1` tokens at stride
+`block_size` (neighbours share a token: the last target of one is the first input of the next).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Sequence
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -22,7 +23,7 @@ UINT64 = (1 << 64) - 1
 GOLDEN = 0x9E3779B97F4A7C15
 IGNORE_INDEX = -100  # a target that no loss counts
 
-_FILLING = -1  # in place of a window's number
+_FILLING = -1  # in place of a sample's number
 
 Batch = tuple[np.ndarray, np.ndarray]
 Bits = TypeVar("Bits", int, np.ndarray)  # an unsigned 64-bit number, or a uint64 array of them
@@ -41,7 +42,7 @@ def permute(index: np.ndarray, n: int, key: int) -> np.ndarray:
     index = np.asarray(index, dtype=np.int64)
     if index.size and (index.min() < 0 or index.max() >= n):
         raise ValueError(f"an index is outside range({n})")
-    keys = [_key(key, round_) for round_ in range(ROUNDS)]
+    keys = [key_from(key, round_) for round_ in range(ROUNDS)]
     values = _feistel(index.reshape(-1).astype(np.uint64), n, keys)
     while (outside := np.flatnonzero(values >= np.uint64(n))).size:
         values[outside] = _feistel(values[outside], n, keys)
@@ -54,30 +55,54 @@ def _feistel(values: np.ndarray, n: int, keys: list[int]) -> np.ndarray:
     a, b = np.uint64(side), np.uint64(-(-n // side))
     left, right = values // b, values % b
     for key in keys:
-        left, right, a, b = right, (left + _mix(right ^ np.uint64(key)) % a) % a, b, a
+        left, right, a, b = right, (left + mix(right ^ np.uint64(key)) % a) % a, b, a
     return left * b + right
 
 
-def _mix(z: Bits) -> Bits:
+def mix(z: Bits) -> Bits:
     """splitmix64's finaliser: every bit of the result depends on every bit of `z` in [0, 2^64)."""
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & UINT64
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB & UINT64
     return z ^ (z >> 31)
 
 
-def _key(*numbers: int) -> int:
+def key_from(*numbers: int) -> int:
     """One well-mixed number in [0, 2^64) from several of any size and sign."""
     key = 0
     for number in numbers:
-        key = _mix((key ^ number) + GOLDEN & UINT64)
+        key = mix((key ^ number) + GOLDEN & UINT64)
     return key
 
 
-class _Windows:
-    """Windows of `block_size + 1` tokens over shards, numbered shard after shard."""
+class Samples(Protocol):
+    """What batches are made of: numbered pairs of inputs and targets."""
+
+    total: int
+
+    def read(self, numbers: np.ndarray, key: int | None = None) -> Batch:
+        """Inputs and targets of the samples of these numbers, int64 (len(numbers), block_size) each.
+
+        Training passes a `key`, another one in each epoch, by which they may vary; without it, as in
+        validation, they are always the same.
+        """
+
+
+class Windows:
+    """Samples of text: windows of `block_size + 1` tokens over shards, numbered shard after shard.
+
+    `shards` are uint16 arrays, `names` what to call them in errors. With a key the tiling of a shard of n
+    tokens starts at an offset in [0, (n - 1) % block_size] that it chooses, so that alignments vary and the
+    tokens left over are others each time. Raises `InputError` when no shard holds a window, and when reading
+    a token outside the vocabulary.
+    """
 
     def __init__(
-        self, shards: Sequence[np.ndarray], block_size: int, vocab_size: int, names: Sequence[str]
+        self,
+        shards: Sequence[np.ndarray],
+        block_size: int,
+        *,
+        vocab_size: int,
+        names: Sequence[str] = (),
     ) -> None:
         if block_size < 1:
             raise InputError(f"block_size is {block_size}: expected at least 1")
@@ -98,18 +123,18 @@ class _Windows:
                 "use more text or a smaller block_size"
             )
 
-    def read(self, windows: np.ndarray, offset_key: int | None = None) -> np.ndarray:
-        """Tokens of the windows, int64 (len(windows), block_size + 1), shifted by `offset_key` if given."""
-        shards = np.searchsorted(self.first, windows, side="right") - 1
-        starts = (windows - self.first[shards]) * self.block_size
-        if offset_key is not None:
-            noise = _mix(shards.astype(np.uint64) + np.uint64(offset_key))
+    def read(self, numbers: np.ndarray, key: int | None = None) -> Batch:
+        """The windows, each target being the next token; a `key` shifts them."""
+        shards = np.searchsorted(self.first, numbers, side="right") - 1
+        starts = (numbers - self.first[shards]) * self.block_size
+        if key is not None:
+            noise = mix(shards.astype(np.uint64) + np.uint64(key))
             starts += (noise % (self.slack[shards] + 1).astype(np.uint64)).astype(np.int64)
-        tokens = np.empty((len(windows), self.block_size + 1), dtype=np.int64)
+        tokens = np.empty((len(numbers), self.block_size + 1), dtype=np.int64)
         for row, (shard, start) in enumerate(zip(shards.tolist(), starts.tolist(), strict=True)):
             tokens[row] = self.shards[shard][start : start + self.block_size + 1]
         self._check(tokens, shards)
-        return tokens
+        return tokens[:, :-1].copy(), tokens[:, 1:].copy()  # each in its own memory
 
     def _check(self, tokens: np.ndarray, shards: np.ndarray) -> None:
         if tokens.size and tokens.max() >= self.vocab_size:
@@ -120,40 +145,20 @@ class _Windows:
             )
 
 
-def _split(tokens: np.ndarray) -> Batch:
-    """Inputs and targets (rows, block_size), each in its own memory: the target is the next token."""
-    return tokens[:, :-1].copy(), tokens[:, 1:].copy()
-
-
 class Loader:
-    """Training batches: `batch(step)` depends on the arguments and the step, on nothing else.
+    """Training batches: `batch(step)` depends on the arguments and the step, on nothing else."""
 
-    `shards` are uint16 arrays, `names` what to call them in errors. In epoch e the tiling of a shard of n
-    tokens starts at a keyed offset in [0, (n - 1) % block_size], so that alignments vary and the tokens
-    left over are others each time. Raises `InputError` when no shard holds a window, and when reading a
-    token outside the vocabulary.
-    """
-
-    def __init__(
-        self,
-        shards: Sequence[np.ndarray],
-        block_size: int,
-        batch_size: int,
-        *,
-        seed: int,
-        vocab_size: int,
-        names: Sequence[str] = (),
-    ) -> None:
+    def __init__(self, samples: Samples, batch_size: int, *, seed: int) -> None:
         if batch_size < 1:
             raise InputError(f"batch_size is {batch_size}: expected at least 1")
         self.batch_size = batch_size
         self.seed = seed
-        self._windows = _Windows(shards, block_size, vocab_size, names)
-        self.windows_per_epoch = self._windows.total
+        self._samples = samples
+        self.samples_per_epoch = samples.total
 
     def epoch_of(self, step: int) -> float:
         """How many epochs lie before this step."""
-        return step * self.batch_size / self.windows_per_epoch
+        return step * self.batch_size / self.samples_per_epoch
 
     def batch(self, step: int) -> Batch:
         """The global batch of a step (from 0): inputs and targets, int64 (batch_size, block_size)."""
@@ -186,51 +191,43 @@ class Loader:
         start = step * self.batch_size + first
         parts = []
         while rows:
-            epoch, index = divmod(start, self.windows_per_epoch)
-            count = min(rows, self.windows_per_epoch - index)
-            order_key, offset_key = _key(self.seed, epoch, 0), _key(self.seed, epoch, 1)
-            windows = permute(np.arange(index, index + count), self.windows_per_epoch, order_key)
-            parts.append(self._windows.read(windows, offset_key))
+            epoch, index = divmod(start, self.samples_per_epoch)
+            count = min(rows, self.samples_per_epoch - index)
+            order_key, sample_key = key_from(self.seed, epoch, 0), key_from(self.seed, epoch, 1)
+            numbers = permute(np.arange(index, index + count), self.samples_per_epoch, order_key)
+            parts.append(self._samples.read(numbers, sample_key))
             start, rows = start + count, rows - count
-        return _split(parts[0] if len(parts) == 1 else np.concatenate(parts))
+        if len(parts) == 1:
+            return parts[0]
+        inputs, targets = zip(*parts, strict=True)
+        return np.concatenate(inputs), np.concatenate(targets)
 
 
 class ValidationSet:
-    """Fixed windows of the validation shards, unshifted and in order: all, or `max_windows` evenly spread."""
+    """Fixed samples of the validation split, in order: all, or `max_samples` evenly spread."""
 
-    def __init__(
-        self,
-        shards: Sequence[np.ndarray],
-        block_size: int,
-        *,
-        max_windows: int | None = None,
-        vocab_size: int,
-        names: Sequence[str] = (),
-    ) -> None:
-        if max_windows is not None and max_windows < 1:
-            raise InputError(f"max_windows is {max_windows}: expected at least 1, or none for all")
-        self._windows = _Windows(shards, block_size, vocab_size, names)
-        total = self._windows.total
-        count = min(total, max_windows or total)
-        self._chosen = np.arange(count) * total // count
-        self.weight = 1.0
-        """Of the mean loss over this set, in the mean over all ranks' shares."""
+    def __init__(self, samples: Samples, *, max_samples: int | None = None) -> None:
+        if max_samples is not None and max_samples < 1:
+            raise InputError(f"max_samples is {max_samples}: expected at least 1, or none for all")
+        self._samples = samples
+        count = min(samples.total, max_samples or samples.total)
+        self.chosen = np.arange(count) * samples.total // count
+        """Their numbers, int64 (len(self),)."""
 
     def __len__(self) -> int:
-        """The number of windows, those that only fill up a share counted too."""
-        return len(self._chosen)
+        """The number of samples, those that only fill up a share counted too."""
+        return len(self.chosen)
 
     def share(self, rank: int, world_size: int) -> ValidationSet:
-        """Every `world_size`-th window, from number `rank` on.
+        """Every `world_size`-th sample, from number `rank` on.
 
         All shares have the same length, so that ranks which work together in each forward pass make equally
-        many; the targets of the windows that fill up the shorter ones are IGNORE_INDEX.
+        many; the targets of the samples that fill up the shorter ones are IGNORE_INDEX.
         """
         count = -(-len(self) // world_size)
-        chosen = self._chosen[rank::world_size]
+        chosen = self.chosen[rank::world_size]
         share = copy.copy(self)
-        share._chosen = np.concatenate([chosen, np.full(count - len(chosen), _FILLING)])
-        share.weight = count * world_size / len(self)
+        share.chosen = np.concatenate([chosen, np.full(count - len(chosen), _FILLING)])
         return share
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
@@ -238,7 +235,7 @@ class ValidationSet:
         if batch_size < 1:
             raise InputError(f"batch_size is {batch_size}: expected at least 1")
         for first in range(0, len(self), batch_size):
-            chosen = self._chosen[first : first + batch_size]
-            x, y = _split(self._windows.read(np.maximum(chosen, 0)))
+            chosen = self.chosen[first : first + batch_size]
+            x, y = self._samples.read(np.maximum(chosen, 0))
             y[chosen == _FILLING] = IGNORE_INDEX
             yield x, y

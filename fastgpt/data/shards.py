@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from fastgpt.data.loader import Loader, ValidationSet, Windows
 from fastgpt.data.tokenizers import TOKENIZER_FILE, GPT2Tokenizer, Tokenizer, load_tokenizer
 from fastgpt.errors import InputError
 from fastgpt.files import atomic_write
@@ -216,6 +217,29 @@ class TokenDataset:
         shards = {split: [read_shard(path) for path in found] for split, found in paths.items()}
         names = {split: [str(path) for path in found] for split, found in paths.items()}
         return cls(tokenizer, shards["train"], shards["val"], names, _fingerprint(tokenizer, shards))
+
+    prompt = "The "
+    """What a prompt looks like."""
+
+    def describe(self) -> str:
+        train, val = (sum(map(len, shards)) for shards in (self.train, self.val))
+        return (
+            f"{train:,} training and {val:,} validation tokens "
+            f"({self.tokenizer.name}, {self.tokenizer.vocab_size} in the vocabulary)"
+        )
+
+    def loader(self, block_size: int, batch_size: int, *, seed: int) -> Loader:
+        """Windows of the training shards. Raises InputError where no shard holds one."""
+        return Loader(self._windows("train", block_size), batch_size, seed=seed)
+
+    def validation(self, block_size: int, *, max_samples: int | None = None) -> ValidationSet:
+        """Windows of the validation shards: all, or so many, spread evenly."""
+        return ValidationSet(self._windows("val", block_size), max_samples=max_samples)
+
+    def _windows(self, split: str, block_size: int) -> Windows:
+        shards = self.train if split == "train" else self.val
+        vocab_size = self.tokenizer.vocab_size
+        return Windows(shards, block_size, vocab_size=vocab_size, names=self.names[split])
 
 
 def _tokenizer_of(folder: Path) -> Tokenizer:

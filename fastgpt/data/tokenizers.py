@@ -29,8 +29,9 @@ MAX_VOCAB = 1 << 16  # token ids are uint16
 class Tokenizer(ABC):
     """Text to token ids and back.
 
-    `name` is one of `TOKENIZERS`; ids are in [0, vocab_size); `eot` is the id that stands before each
-    document, or None when there is no such id. Two tokenizers are equal when they give the same ids.
+    `name` is one of `TOKENIZERS`; ids are in [0, vocab_size); `eot` is the id that stands between documents
+    and ends what is generated, or None when there is no such id. Two tokenizers are equal when they give the
+    same ids.
     """
 
     name: str
@@ -79,8 +80,11 @@ class CharTokenizer(Tokenizer):
 
     name = "char"
 
-    def __init__(self, vocab: str) -> None:
-        """`vocab`: the characters, in any order. Raises `InputError` for none, or more than 65536."""
+    def __init__(self, vocab: str, end: str | None = None) -> None:
+        """`vocab`: the characters, in any order. Raises `InputError` for none, or more than 65536.
+
+        `end`: the one of them that is `eot`; none for text, where every character is like any other.
+        """
         self.vocab = "".join(sorted(set(vocab)))
         self.vocab_size = len(self.vocab)
         if not 0 < self.vocab_size <= MAX_VOCAB:
@@ -93,6 +97,8 @@ class CharTokenizer(Tokenizer):
         # Code point -> id, and -1 for none; all beyond the last code point share the last entry.
         self._ids = np.full(int(self._codes[-1]) + 2, -1, dtype=np.int32)
         self._ids[self._codes] = np.arange(self.vocab_size)
+        self.end = end
+        self.eot = None if end is None else int(self.encode(end)[0])
 
     @classmethod
     def from_texts(cls, texts: Iterable[str]) -> CharTokenizer:
@@ -113,7 +119,7 @@ class CharTokenizer(Tokenizer):
         return self._codes[self._checked(ids)].tobytes().decode("utf-32-le").encode()
 
     def to_json(self) -> dict[str, Any]:
-        return {"name": self.name, "vocab": self.vocab}
+        return {"name": self.name, "vocab": self.vocab} | ({"end": self.end} if self.end else {})
 
     def _unknown(self, text: str) -> str:
         unknown = sorted(set(text) - set(self.vocab))
@@ -200,7 +206,10 @@ def tokenizer_from_json(data: dict[str, Any]) -> Tokenizer:
     vocab = data.get("vocab")
     if not isinstance(vocab, str) or sorted(set(vocab)) != list(vocab):
         raise InputError('a char tokenizer needs "vocab": a string of distinct characters in order')
-    return CharTokenizer(vocab)
+    end = data.get("end")
+    if end is not None and (not isinstance(end, str) or len(end) != 1 or end not in vocab):
+        raise InputError(f'"end" of a char tokenizer is one character of its "vocab", not {end!r}')
+    return CharTokenizer(vocab, end)
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:

@@ -7,6 +7,7 @@ from fastgpt.ops.dropout import dropout_add
 from fastgpt.ops.embedding import embedding
 from fastgpt.ops.gelu import bias_gelu, gelu, linear_gelu
 from fastgpt.ops.layer_norm import add_layer_norm, layer_norm
+from fastgpt.ops.linear import linear
 from fastgpt.ops.linear_cross_entropy import linear_cross_entropy
 from fastgpt.ops.registry import Cost, Implementation, table, use, use_environment
 from fastgpt.ops.rms_norm import rms_norm
@@ -27,6 +28,7 @@ __all__ = [
     "gelu",
     "grad_norm",
     "layer_norm",
+    "linear",
     "linear_cross_entropy",
     "linear_gelu",
     "rms_norm",

@@ -18,6 +18,7 @@ There is no backward.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -221,17 +222,33 @@ def adamw_(
             f"stochastic_rounding is for bfloat16 parameters without copies: params have {params[0].dtype}"
             + (" and copies" if copies else "")
         )
+    trusted_adamw_(
+        *(params, grads, exp_avgs, exp_avg_sqs, steps, hyper, groups),
+        copies=copies,
+        grad_norm=grad_norm,
+        max_grad_norm=max_grad_norm,
+        grad_scale=grad_scale,
+        found_inf=found_inf,
+        stochastic_rounding=stochastic_rounding,
+        backend=backend,
+    )
+
+
+def trusted_adamw_(
+    params: Sequence[Tensor],
+    *lists: Any,
+    copies: Sequence[Tensor],
+    backend: str | None = None,
+    **options: Any,
+) -> None:
+    """`adamw_` of arguments that are right, at least one: looking at each tensor takes longer than a step.
+
+    Raises:
+        InputError: strides that the kernel does not take.
+    """
+    elements = sum(param.numel() for param in params)
     try:
-        elements = sum(param.numel() for param in params)
-        select("adamw_", backend, params[0], elements=elements)(
-            *(params, grads, exp_avgs, exp_avg_sqs, steps, hyper, groups),
-            copies=copies,
-            grad_norm=grad_norm,
-            max_grad_norm=max_grad_norm,
-            grad_scale=grad_scale,
-            found_inf=found_inf,
-            stochastic_rounding=stochastic_rounding,
-        )
+        select("adamw_", backend, params[0], elements=elements)(params, *lists, copies=copies, **options)
     except ValueError as error:  # of a kernel in C++, which knows no InputError
         raise InputError(str(error)) from None
     if not torch.compiler.is_compiling():  # which sees the mutation in the schema
@@ -286,6 +303,11 @@ def grad_norm(grads: Sequence[Tensor], *, backend: str | None = None) -> Tensor:
             raise InputError(f"grads[{i}] has dtype {grad.dtype}: it must be {grads[0].dtype}, as grads[0]")
         if grad.layout != torch.strided:
             raise InputError(f"grads[{i}] is {grad.layout}: it must be dense")
+    return trusted_grad_norm(grads, backend=backend)
+
+
+def trusted_grad_norm(grads: Sequence[Tensor], *, backend: str | None = None) -> Tensor:
+    """`grad_norm` of gradients that are right, at least one."""
     elements = sum(grad.numel() for grad in grads)
     return select("grad_norm", backend, grads[0], elements=elements)(grads)
 

@@ -23,9 +23,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgpt.errors import InputError
 from fastgpt.ops.checks import check_choice, check_floating, check_ndim, check_shape, last_dimension
-from fastgpt.ops.library import Kernels, Operator, add_native, add_triton, check_dtypes
+from fastgpt.ops.library import (
+    Kernels,
+    Operator,
+    add_native,
+    add_triton,
+    check_dtypes,
+    product_operands,
+)
 from fastgpt.ops.registry import Cost, register, select
 
 APPROXIMATE = ("tanh", "none")
@@ -98,14 +104,7 @@ def _bias_gradients(kernels: Kernels, ctx: Any, dy: Tensor) -> tuple[Tensor, Ten
 def _linear_call(
     kernels: Kernels, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, approximate: str = "tanh"
 ) -> Tensor:
-    if torch.is_autocast_enabled(x.device.type):  # as F.linear does under autocast
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    check_dtypes(x=x, weight=weight, bias=bias)
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype != x.dtype:
-            raise InputError(f"{name} has dtype {tensor.dtype}: it must be {x.dtype}, as x is")
+    x, weight, bias = product_operands(x, weight, bias)
     recorded = (t.requires_grad for t in (x, weight, bias) if t is not None)
     save = torch.is_grad_enabled() and any(recorded)
     return kernels.forward(x, weight, bias, approximate, save)[0]
@@ -139,6 +138,7 @@ def _linear_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
     ctx.save_for_backward(x, weight, h)
     ctx.has_bias = bias is not None
     ctx.mark_non_differentiable(h)
+    ctx.set_materialize_grads(False)  # no zeros for h
 
 
 def _linear_gradients(kernels: Kernels, ctx: Any, dy: Tensor, _: object) -> tuple[Tensor | None, ...]:

@@ -118,6 +118,23 @@ def check_dtypes(**tensors: Tensor | None) -> None:
             )
 
 
+def product_operands(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The operands of a linear layer for a kernel: cast where autocast casts those of `F.linear`.
+
+    Raises:
+        InputError: dtypes that differ, or that kernels do not take.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    check_dtypes(x=x, weight=weight, bias=bias)
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise InputError(f"{name} has dtype {tensor.dtype}: it must be {x.dtype}, as x is")
+    return x, weight, bias
+
+
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _triton = torch.library.Library("fastgpt_triton", "DEF")
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from fastgpt.benchmarks import modern
-from fastgpt.benchmarks.modern import BASELINE, VARIANTS, ModernArgs, rates, read, run_modern, table
+from fastgpt.benchmarks.modern import BASELINE, FIELDS, VARIANTS, ModernArgs, rates, run_modern, table
+from fastgpt.benchmarks.study import read_rows
 from fastgpt.cli import main
 from fastgpt.config import TrainConfig, override, preset
 from fastgpt.errors import InputError, TrainingStopped
@@ -65,7 +66,7 @@ def test_seed_by_seed_and_never_twice(
         *((2, "learned"), (2, "rope")),
     ]
     assert all(run.max_steps == run.eval_every == 7 and run.eval_tokens is None for run in runs)
-    assert len(read(tmp_path / "new" / "modern.csv")) == 4
+    assert len(read_rows(tmp_path / "new" / "modern.csv", FIELDS)) == 4
     lines = capsys.readouterr().out.splitlines()
     assert lines[-2] == f"| {BASELINE} | 1,000 | 1.5 | 0.402 | 0.001 |  |  |"
     assert lines[-1] == "| RoPE | 1,000 | 1.5 | 0.402 | 0.001 | +0.000 ± 0.000 |  |"
@@ -97,7 +98,7 @@ def test_learning_rates_are_compared_on_the_training_split(
     assert {r.learning_rate for r in runs[2:]} == {preset("char-cpu").learning_rate}
     run_modern(ModernArgs(text_file, out, variants=(BASELINE,), seeds=(1,)))
     assert capsys.readouterr().out.splitlines()[-1] == f"| {BASELINE} | 1,000 | 1.5 | 0.401 |  |  | 7 |"
-    rows = read(out)
+    rows = read_rows(out, FIELDS)
     assert [row["split"] for row in rows] == ["held out of training"] * 4 + ["validation"]
     assert rates(rows).splitlines()[-2] == "| Muon | 0.004 | 0.002 | 1 | 0.201 |"
 
@@ -123,14 +124,14 @@ def test_a_real_run_and_its_interruption(
     out = tmp_path / "modern.csv"
     given = ModernArgs(text_file, out, variants=("all, SwiGLU",), seeds=(1,), steps=1)
     run_modern(given)
-    (row,) = read(out)
+    (row,) = read_rows(out, FIELDS)
     assert 3 < float(row["loss"]) < 5
     assert float(row["ms_per_step"]) > 0
     assert int(row["parameters"]) > 800_000
     monkeypatch.setattr(Trainer, "run", lambda self: None)  # as after a signal
     with pytest.raises(TrainingStopped, match="the same command goes on"):
         run_modern(ModernArgs(text_file, out, variants=(BASELINE,), seeds=(1,), steps=1))
-    assert len(read(out)) == 1
+    assert len(read_rows(out, FIELDS)) == 1
 
 
 def test_bad_options_are_refused(tmp_path: Path, text_file: Path) -> None:

@@ -354,6 +354,14 @@ def test_attribution_of_a_step(recipe: Recipe) -> None:
     assert found.groups["idle"] == found.groups["compiled"] == 0
 
 
+def test_a_model_as_wide_as_its_vocabulary() -> None:
+    """128 padded rows, and 128 channels: the products of the blocks are not the classifier's."""
+    shape = GPTConfig(vocab_size=65, block_size=64, n_layer=2, n_head=2, n_embd=128)
+    batches = random_batches(shape, 8, torch.device("cpu"))
+    found = attribute(Step(EAGER, initial_model(shape), config.preset("char-cpu"), batches))
+    assert found.groups["matmul"] > found.groups["classifier"]
+
+
 # -- bench train ---------------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fastgpt.data import CORPORA, DownloadError, corpora, open_corpus
+from fastgpt.data import CORPORA, PROBLEM_CORPORA, DownloadError, corpora, open_corpus
 from fastgpt.errors import InputError
 
 
@@ -111,6 +111,12 @@ def test_no_such_corpus(tmp_path: Path) -> None:
     assert all(name in str(caught.value) for name in CORPORA)
     with pytest.raises(InputError, match="nothing at this path"):
         open_corpus(tmp_path / "missing.txt")
+
+
+def test_problems_are_no_text() -> None:
+    for name in PROBLEM_CORPORA:
+        with pytest.raises(InputError, match=f"{name} is no text: its problems are made in training"):
+            open_corpus(name)
 
 
 def test_empty(tmp_path: Path) -> None:

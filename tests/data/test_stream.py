@@ -18,7 +18,6 @@ from fastgpt import files
 from fastgpt.data import (
     CharTokenizer,
     GPT2Tokenizer,
-    Loader,
     Source,
     TokenDataset,
     encode,
@@ -391,15 +390,15 @@ def test_training_reads_all_shards_mapped_and_each_window_on_one_rank(tmp_path: 
     data = TokenDataset.open(out)
     assert len(data.train) == 180
     assert all(isinstance(shard, np.memmap) for shard in data.train)
-    loader = Loader(data.train, 16, 12, seed=1, vocab_size=256, names=data.names["train"])
+    loader = data.loader(16, 12, seed=1)
     seen = []
-    for step in range(loader.windows_per_epoch // 12):
+    for step in range(loader.samples_per_epoch // 12):
         batch, _ = loader.batch(step)
         ranks = [loader.micro_batches(step, 3, rank, 2) for rank in range(2)]
         rows = [row for micro in zip(*ranks, strict=True) for x, _ in micro for row in x]
         assert np.array_equal(np.array(rows), batch)
         seen += [row.tobytes() for row in batch]
-    assert len(set(seen)) == len(seen) == loader.windows_per_epoch // 12 * 12
+    assert len(set(seen)) == len(seen) == loader.samples_per_epoch // 12 * 12
 
 
 def test_text_with_the_validation_shard_first(tmp_path: Path) -> None:

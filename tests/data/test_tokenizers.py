@@ -136,6 +136,21 @@ def test_saved_and_loaded(tmp_path: Path, name: str) -> None:
     assert pickle.loads(pickle.dumps(tokenizer)) == tokenizer  # how worker processes get it
 
 
+def test_a_character_that_ends_texts(tmp_path: Path) -> None:
+    tokenizer = CharTokenizer("ab\n", end="\n")
+    assert tokenizer.eot == 0
+    assert tokenizer.encode("a\n").tolist() == [1, 0]
+    assert tokenizer != CharTokenizer("ab\n")
+    assert CharTokenizer("ab\n").eot is None
+    save_tokenizer(tokenizer, tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    assert loaded == tokenizer
+    assert loaded.eot == 0
+    for end in ("c", "ab", "", 1):
+        with pytest.raises(InputError, match='"end" of a char tokenizer is one character of its "vocab"'):
+            tokenizer_from_json({"name": "char", "vocab": "ab", "end": end})
+
+
 def test_equality() -> None:
     assert CharTokenizer("ba") == CharTokenizer("ab") != CharTokenizer("abc")
     assert ByteTokenizer() != GPT2Tokenizer()

@@ -159,6 +159,7 @@ def _cases() -> list[Case]:
             _case("gelu", name, ops.gelu, x),
             _case("bias_gelu", name, ops.bias_gelu, x, w),
             _case("linear_gelu", name, ops.linear_gelu, x, (7, width), (7,)),
+            _case("linear", name, ops.linear, x, (7, width), (7,)),
             _case("dropout_add", name, ops.dropout_add, x, x, p=0.0),
             _case("dropout_add", f"eval-{name}", ops.dropout_add, x, x, p=0.5, training=False),
         ]
@@ -172,6 +173,7 @@ def _cases() -> list[Case]:
         _case("gelu", "erf", ops.gelu, (2, 5, 33), approximate="none"),
         _case("bias_gelu", "erf", ops.bias_gelu, (2, 5, 33), (33,), approximate="none"),
         _case("linear_gelu", "erf-no-bias", ops.linear_gelu, (2, 5, 33), (9, 33), approximate="none"),
+        _case("linear", "no-bias", ops.linear, (2, 5, 33), (9, 33)),
     ]
     # T: either side of a tile of 64 (one key, where q and k have no gradient, has a test of its own).
     # Tq < Tk: decoding, chunked prefill. D: small, 64, no power of 2. A program per head is interpreted: few.

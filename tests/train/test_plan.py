@@ -38,7 +38,7 @@ MUTANTS = {
         ('"gelu": 8, "block": 0}[setup.recompute]', '"gelu": 12, "block": 0}[setup.recompute]'),
         ("(c.n_layer - 1) * width * a", "c.n_layer * width * a"),
         ("logits = a * (", "logits = 2 * a * ("),
-        ("_BACKWARD_WIDTHS = 11", "_BACKWARD_WIDTHS = 30"),
+        ('"none": 6, "gelu": 10', '"none": 20, "gelu": 10'),
         ("math.ceil(p.shape[0] / parts)", "p.shape[0] // parts"),
         ("n_layer * size.block_share", "n_layer * size.block"),
         ("times=setup.micro_batches", "times=1"),
@@ -104,7 +104,10 @@ def test_activations_are_those_that_autograd_saves(weights: str, precision: str,
 # the worst moment is the last block's backward pass, or the loss
 @pytest.mark.parametrize("vocab_size", [128, 2048])
 def test_the_peak_is_the_allocators(vocab_size: int, weights: str, precision: str, recompute: str) -> None:
-    """All that PyTorch allocates in the second of two micro-batches: -1% and +5% of a rank's memory."""
+    """All that PyTorch allocates in the second of two micro-batches: -1% and +5% of a rank's memory.
+
+    Without oneDNN, whose products allocate scratch memory, how much depends on the processor.
+    """
     config = GPTConfig(vocab_size=vocab_size, block_size=64, n_layer=3, n_head=2, n_embd=64)
     setup = a_setup(config, 4, weights, precision, recompute)
     model = GPT(config)
@@ -120,7 +123,8 @@ def test_the_peak_is_the_allocators(vocab_size: int, weights: str, precision: st
     resident = sum(tensor.untyped_storage().nbytes() for tensor in held)
     assert resident == planned.weights + planned.gradients + planned.moments
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+    plain = torch.backends.mkldnn.flags(enabled=False)
+    with plain, torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         forward(model, setup, idx).backward()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     now = most = 0

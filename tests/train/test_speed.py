@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import platform
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +24,7 @@ from fastgpt import GPT, GPTConfig, runtime
 from fastgpt.config import TrainConfig
 from fastgpt.data import Prefetcher
 from fastgpt.errors import InputError
+from fastgpt.ops.library import native_missing
 from fastgpt.optim import AdamW
 from fastgpt.train import train
 
@@ -39,7 +43,14 @@ MUTANTS = {
         ('module.recompute = what == "gelu"', "module.recompute = False"),
     ],
     "fastgpt/optim.py": [("max_grad_norm=config.grad_clip or math.inf, **options)", "**options)")],
-    "fastgpt/runtime.py": [("    gc.disable()\n", "")],
+    "fastgpt/runtime.py": [
+        ("    gc.disable()\n", ""),
+        (
+            "    libc.mallopt(mmap_threshold, 32 << 20)\n    libc.mallopt(trim_threshold, 1 << 30)\n",
+            "",
+        ),
+        (" and masters)\n", ")\n"),
+    ],
 }
 
 Tiny = Callable[..., TrainConfig]
@@ -74,9 +85,9 @@ def test_a_step_reads_nothing_back_from_the_device(tiny: Tiny, changes: dict[str
 def test_bf16_weights_train_like_fp32_ones(tiny: Tiny, tmp_path: Path) -> None:
     """The network holds bf16, the optimizer and the checkpoint fp32, and the loss falls as with autocast."""
     model = dataclasses.replace(tiny().model, dropout=0.0)
-    common = {"model": model, "max_steps": 30, "precision": "auto", "eval_every": 30}
+    common = {"model": model, "max_steps": 30, "eval_every": 30}
     train(tiny(out_dir=tmp_path / "fp32", **common))
-    trainer = train(tiny(out_dir=tmp_path / "bf16", weights="bf16", **common))
+    trainer = train(tiny(out_dir=tmp_path / "bf16", weights="bf16", precision="auto", **common))
     assert {p.dtype for p in trainer.model.parameters()} == {torch.bfloat16}
     assert isinstance(trainer.optimizer, AdamW)
     saved = last(tmp_path / "bf16").model
@@ -103,6 +114,65 @@ def test_bf16_weights_resume_to_the_bit_and_from_fp32_ones(tiny: Tiny, tmp_path:
     longer = dataclasses.replace(whole, resume=True, weights="fp32", precision="fp32", max_steps=10)
     assert train(longer).steps_done == 10
     assert train(dataclasses.replace(longer, weights="bf16", precision="auto", max_steps=12)).steps_done == 12
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_auto_is_bf16_on_a_cpu_that_multiplies_it(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, fast: bool
+) -> None:
+    monkeypatch.setattr(runtime, "cpu_multiplies_bf16", lambda: fast)
+    by_name = {
+        "auto": {},
+        "muon": {"optimizer": "muon"},  # which keeps no masters
+        "fp32": {"weights": "fp32"},
+        "autocast": {"weights": "fp32", "precision": "bf16"},
+        "bf16": {"precision": "bf16"},
+    }
+    found = {}
+    for name, changes in by_name.items():
+        trainer = start(tiny(**{"precision": "auto", **changes}))
+        held = torch.bfloat16 if trainer.precision.weights == "bf16" else torch.float32
+        assert {p.dtype for p in trainer.model.parameters()} == {held}
+        found[name] = (trainer.precision.name, trainer.precision.weights)
+    auto = ("bf16", "bf16") if fast else ("fp32", "fp32")
+    fp32 = ("fp32", "fp32")
+    assert found == {
+        "auto": auto,
+        "muon": fp32,
+        "fp32": fp32,
+        "autocast": ("bf16", "fp32"),
+        "bf16": ("bf16", "bf16"),
+    }
+
+
+def test_which_cpus_multiply_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    for has, expected in (({"avx512_bf16": True}, True), ({"amx_bf16": True}, True), ({"avx2": True}, False)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: has)
+        assert runtime.cpu_multiplies_bf16() == (
+            expected and not native_missing("attention", torch.device("cpu"))
+        )
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the switch is glibc's")
+def test_freed_memory_is_kept() -> None:
+    """16 MB that were freed are used again, where otherwise each page comes anew from the system."""
+    program = """if True:
+        import resource, sys, torch
+        from fastgpt.runtime import keep_freed_memory
+        if sys.argv[1] == "keep":
+            keep_freed_memory()
+        for round in range(11):
+            if round == 1:
+                before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            first, second, third = (torch.ones(1 << 22) for _ in range(3))
+            del first, second, third
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    """
+    kept, usual = (
+        int(subprocess.run([sys.executable, "-c", program, way], capture_output=True, check=True).stdout)
+        for way in ("keep", "usual")
+    )
+    assert kept < usual / 5
 
 
 def test_weights_in_bf16_exclude_other_precisions(tiny: Tiny) -> None:

@@ -365,7 +365,7 @@ def test_an_unreachable_corpus_falls_back_only_when_told_to(
             raise DownloadError("could not download shakespeare.")
         return prepared(name, *args, **options)
 
-    monkeypatch.setattr("fastgpt.train.prepared", offline)
+    monkeypatch.setattr("fastgpt.data.dataset.prepared", offline)
     with pytest.raises(DownloadError):
         open_data(tiny(corpus="shakespeare"), None)
     data, config = open_data(tiny(corpus="shakespeare", fallback_corpus=str(text_file)), None)

@@ -59,8 +59,9 @@ inline void round_randomly(const float* from, const uint32_t* words, BFloat16* t
     const Vec p = load(from + c, some);
     Bits word;
     __builtin_memcpy(&word, words + c, sizeof(word));
-    const Vec cut = as_float((as_bits(p) + (word & 0xffffu)) & 0xffff0000u);
-    store(to + c, p == p ? cut : p, some);
+    const Bits bits = p == p ? as_bits(p) + (word & 0xffffu) : as_bits(p) | 0x400000u;
+    const HalfBits cut = __builtin_convertvector(bits >> 16, HalfBits);
+    __builtin_memcpy(to + c, &cut, some * sizeof(BFloat16));
   }
 }
 

@@ -11,8 +11,11 @@ constexpr int64_t kLanes = kVecs * kWidth;
 static_assert(kBlock % kLanes == 0 && kBlock % kRows == 0 && 16 % kRows == 0 && kRows % 4 == 0);
 
 // 2^x for x <= 0, give or take rounding, by a polynomial of relative error 2e-9 on |r| <= 1/2 (minimax).
-// Below -126, where the result is subnormal, 0.
+// Below -126, where the result is subnormal, 0 or that.
 inline Vec exp2(Vec x) {
+#if FASTGPT_VECTOR_BYTES == 64
+  x = x < -150.0f ? splat(-150.0f) : x;
+#endif
   const Vec shifter = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const Vec shifted = x + shifter;
   const Vec r = x - (shifted - shifter);
@@ -23,8 +26,12 @@ inline Vec exp2(Vec x) {
   p = fma(p, r, splat(0x1.ebfbdcp-3f));
   p = fma(p, r, splat(0x1.62e43p-1f));
   p = fma(p, r, splat(1.0f));
+#if FASTGPT_VECTOR_BYTES == 64
+  return times_power(p, shifted - shifter);
+#else
   const Vec y = as_float(as_bits(p) + (as_bits(shifted) << 23));
   return x < -126.0f ? Vec{} : x == x ? y : x;
+#endif
 }
 
 inline Vec minus_infinity() { return splat(-std::numeric_limits<float>::infinity()); }

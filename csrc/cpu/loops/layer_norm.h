@@ -4,22 +4,40 @@
 
 namespace fastgpt::FASTGPT_ISA {
 
+// Sums are kept in so many vectors, since an addition takes longer than it is until the next one could begin.
+constexpr int64_t kChains = 4;
+
+inline float sum(const Vec (&totals)[kChains]) {
+  return sum(totals[0] + totals[1] + (totals[2] + totals[3]));
+}
+
 template <typename T>
 inline float row_mean(const T* x, int64_t width) {
-  Vec total = {};
-  for (int64_t c = 0; c < width; c += kWidth) total += load(x + c, left(width, c));
-  return sum(total) / static_cast<float>(width);
+  Vec totals[kChains] = {};
+  int64_t c = 0;
+  for (; c + kChains * kWidth <= width; c += kChains * kWidth)
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < kChains; ++i) totals[i] += load(x + c + i * kWidth);
+  for (; c < width; c += kWidth) totals[0] += load(x + c, left(width, c));
+  return sum(totals) / static_cast<float>(width);
 }
 
 template <typename T>
 inline float row_rstd(const T* x, float mean, int64_t width, float eps) {
-  Vec total = {};
-  for (int64_t c = 0; c < width; c += kWidth) {
+  Vec totals[kChains] = {};
+  int64_t c = 0;
+  for (; c + kChains * kWidth <= width; c += kChains * kWidth)
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < kChains; ++i) {
+      const Vec centred = load(x + c + i * kWidth) - mean;
+      totals[i] = fma(centred, centred, totals[i]);
+    }
+  for (; c < width; c += kWidth) {
     const int64_t n = left(width, c);
     const Vec centred = first(load(x + c, n) - mean, n);
-    total = fma(centred, centred, total);
+    totals[0] = fma(centred, centred, totals[0]);
   }
-  return 1.0f / std::sqrt(sum(total) / static_cast<float>(width) + eps);
+  return 1.0f / std::sqrt(sum(totals) / static_cast<float>(width) + eps);
 }
 
 // With a residual, its sum with x is what is normalised, and is written to `summed`.

@@ -1,0 +1,71 @@
+// PyTorch multiplies fp32 by MKL, which uses AVX-512 on Intel's processors alone; its products of bf16 are by
+// oneDNN, which uses what there is. On others with AVX-512 oneDNN multiplies fp32 more than twice as fast as
+// MKL (docs/cpu.md), by the function that PyTorch uses for bf16. That is exported, but not declared in a
+// public header: where a build of PyTorch lacks it the symbol is null, and PyTorch chooses.
+#include "cpu/product.h"
+
+#include <ATen/Context.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/mm.h>
+#include <ATen/record_function.h>
+
+#include "cpu/isa.h"
+
+#if defined(FASTGPT_X86) && defined(__linux__)
+namespace at::native {
+__attribute__((weak)) void mkldnn_matmul(const Tensor& a, const Tensor& b, const Tensor& out, float beta,
+                                         float alpha);
+}  // namespace at::native
+#endif
+
+namespace fastgpt {
+namespace {
+
+// oneDNN adds up long dot products one by one; MKL adds sums of a few hundred, which rounds less. With so
+// many at a time the error is about MKL's; all at once it is 2.4 times that for 3072.
+constexpr int64_t kDepth = 256;
+constexpr int64_t kMostSlices = 16;  // each passes over the result once more
+
+bool dense(const Tensor& x) { return x.stride(0) == 1 || x.stride(1) == 1; }
+
+bool by_onednn(const Tensor& out, const Tensor& a, const Tensor& b) {
+#if defined(FASTGPT_X86) && defined(__linux__)
+  static const bool faster = at::native::mkldnn_matmul != nullptr && at::hasMKL() && isa() >= Isa::kAvx512 &&
+                             !__builtin_cpu_is("intel");
+  return faster && out.scalar_type() == at::kFloat && out.numel() > 0 && a.numel() > 0 && dense(out) &&
+         dense(a) && dense(b) && at::globalContext().userEnabledMkldnn();
+#else
+  return false;
+#endif
+}
+
+}  // namespace
+
+void multiply_into(const Tensor& out, const Tensor& a, const Tensor& b, bool add) {
+#if defined(FASTGPT_X86) && defined(__linux__)
+  if (by_onednn(out, a, b)) {
+    RECORD_FUNCTION("fastgpt::multiply", c10::ArrayRef<const c10::IValue>());  // for the profiler
+    const int64_t depth = std::max(kDepth, (a.size(1) + kMostSlices - 1) / kMostSlices);
+    for (int64_t begin = 0; begin < a.size(1); begin += depth) {
+      const int64_t end = std::min(begin + depth, a.size(1));
+      at::native::mkldnn_matmul(a.slice(1, begin, end), b.slice(0, begin, end), out,
+                                add || begin > 0 ? 1.0f : 0.0f, 1.0f);
+    }
+    return;
+  }
+#endif
+  Tensor result = out;
+  if (add)
+    at::addmm_out(result, out, a, b);
+  else
+    at::mm_out(result, a, b);
+}
+
+Tensor multiply(const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias) {
+  const Tensor out = empty({a.size(0), b.size(1)}, a.scalar_type());
+  if (bias.has_value()) out.copy_(bias->expand_as(out));
+  multiply_into(out, a, b, bias.has_value());
+  return out;
+}
+
+}  // namespace fastgpt

@@ -1,0 +1,106 @@
+"""How many held-out problems a model solves: it writes down the solution, and the answer is right or not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from fastgpt.data import Problem, ProblemSet, Tokenizer, answer_of
+from fastgpt.generate import generate, until_all_ended
+from fastgpt.model import GPT
+
+BATCH_SIZE = 256  # problems at once
+SHOWN = 8
+NAMES = {"+": "add", "-": "subtract", "*": "multiply", "/": "divide"}
+
+
+@dataclass(frozen=True)
+class Exam:
+    """Held-out problems. An answer counts if all of it is right, whatever the steps before it are."""
+
+    data: ProblemSet
+    problems: Sequence[Problem]
+
+    @classmethod
+    def of(cls, data: ProblemSet, count: int | None = None) -> Exam:
+        """All held-out problems of a data set, or `count`, spread evenly over its families."""
+        return cls(data, data.held_out(count))
+
+    def evaluate(
+        self, model: GPT, *, batch_size: int = BATCH_SIZE, progress: str | None = None
+    ) -> dict[str, float]:
+        """The share of right answers: `accuracy`, and `accuracy_add` and so on for each operation."""
+        written = solve(model, self.data.tokenizer, self.problems, batch_size=batch_size, progress=progress)
+        right = [answer_of(text) == p.answer for p, text in zip(self.problems, written, strict=True)]
+        found = {"accuracy": float(np.mean(right))}
+        for operation, name in NAMES.items():
+            own = [ok for p, ok in zip(self.problems, right, strict=True) if p.operation == operation]
+            if own:
+                found[f"accuracy_{name}"] = float(np.mean(own))
+        return found
+
+    def show(self, model: GPT) -> str:
+        """Some of the problems as the model solves them, a line each."""
+        count = min(SHOWN, len(self.problems))
+        chosen = [self.problems[(2 * n + 1) * len(self.problems) // (2 * count)] for n in range(count)]
+        lines = []
+        for problem, text in zip(chosen, solve(model, self.data.tokenizer, chosen), strict=True):
+            reading, right = self.data.read(answer_of(text)), self.data.read(problem.answer)
+            reads = "" if reading == answer_of(text) else f", which reads {reading}"
+            verdict = "right" if answer_of(text) == problem.answer else f"wrong, it is {right}"
+            lines.append(f"{text.rstrip()}{reads}: {verdict}")
+        return "\n".join(lines)
+
+
+def describe(scores: Mapping[str, float | None]) -> str:
+    """The scores of an exam in one line."""
+    each = {name: scores.get(f"accuracy_{name}") for name in NAMES.values()}
+    parts = [f"{name} {value:.4f}" for name, value in each.items() if value is not None]
+    return f"accuracy {scores['accuracy']:.4f}" + (f" ({', '.join(parts)})" if len(parts) > 1 else "")
+
+
+def solve(
+    model: GPT,
+    tokenizer: Tokenizer,
+    problems: Sequence[Problem],
+    *,
+    batch_size: int = BATCH_SIZE,
+    progress: str | None = None,
+) -> list[str]:
+    """Each prompt with what the model writes after it, the most likely token each time, up to its end.
+
+    Args:
+        model: where it is, used in evaluation mode.
+        tokenizer: its own; whose `eot` ends a solution.
+        problems: of which only the prompts are read.
+        batch_size: prompts at once, which are equally long.
+        progress: what to call the progress bar, which only a terminal shows; None for none.
+    """
+    written = [""] * len(problems)
+    batches = list(_batches(problems, batch_size))
+    for batch in tqdm(batches, desc=progress, disable=None if progress else True):
+        prompts = np.stack([tokenizer.encode(problems[i].prompt) for i in batch]).astype(np.int64)
+        idx = torch.from_numpy(prompts).to(model.token_embedding.device)  # (B, T)
+        room = model.config.block_size + 1 - idx.size(1)  # the last token is written, and never read
+        tokens = until_all_ended(generate(model, idx, room, temperature=0), tokenizer.eot)  # (B, n)
+        for i, row in zip(batch, tokens.tolist(), strict=True):
+            end = row.index(tokenizer.eot) + 1 if tokenizer.eot in row else len(row)
+            written[i] = problems[i].prompt + tokenizer.decode(row[:end])
+    return written
+
+
+def _batches(problems: Sequence[Problem], batch_size: int) -> Iterator[list[int]]:
+    """Numbers of problems with prompts of one length; texts of about one length end together."""
+    order = sorted(range(len(problems)), key=lambda i: (len(problems[i].prompt), len(problems[i].text)))
+    batch: list[int] = []
+    for i in order:
+        if batch and (len(batch) == batch_size or len(problems[i].prompt) != len(problems[batch[0]].prompt)):
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch

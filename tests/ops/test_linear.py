@@ -1,0 +1,111 @@
+"""linear: its equations, the strides it takes, and what the processor's libraries multiply."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastgpt.errors import InputError
+from fastgpt.ops import linear
+
+from .helpers import assert_accurate, assert_same, kernels_of, randn, spread
+
+BACKENDS = kernels_of("linear")
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_equations(with_bias: bool) -> None:
+    x, w, dy = randn(2, 3, 5), randn(7, 5), randn(2, 3, 7)
+    b = randn(7) if with_bias else None
+    y = linear(x, w, b)
+    assert_same(y, (x[:, :, None, :] * w).sum(-1) + (0 if b is None else b))
+    grads = torch.autograd.grad(y, [x, w] if b is None else [x, w, b], dy)
+    assert_same(grads[0], (dy[..., None] * w).sum(-2))
+    assert_same(grads[1], (dy[..., None] * x[:, :, None, :]).sum((0, 1)))
+    if b is not None:
+        assert_same(grads[2], dy.sum((0, 1)))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+# one row, off every tile, GPT-2's widths: several tiles and threads, and long sums
+@pytest.mark.parametrize("shape", [(1, 33, 7), (197, 65, 129), (300, 768, 2304), (300, 3072, 768)], ids=str)
+def test_strides(shape: tuple[int, int, int], dtype: torch.dtype, backend: str) -> None:
+    """Transposed weights (Conv1D's), rows with gaps and expanded gradients, as accurate as PyTorch's."""
+    rows, k, n = shape
+    tensors = [torch.randn(rows, k), torch.randn(k, n) / k**0.5, torch.randn(n), torch.randn(1, n)]
+    gaps = (spread, lambda w: w.T, spread, lambda dy: dy.expand(rows, n))
+    results = []
+    for name, kind in (("oracle", torch.float64), ("eager", dtype), (backend, dtype)):
+        given = [gap(t.to(dtype).to(kind)) for gap, t in zip(gaps, tensors, strict=True)]
+        leaves = [t.detach().requires_grad_() for t in given[:3]]
+        y = linear(*leaves, backend="eager" if name == "oracle" else name)
+        results.append([y, *torch.autograd.grad(y, leaves, given[3])])
+    for oracle, eager, actual in zip(*results, strict=True):
+        assert_accurate(actual, eager, oracle)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("frozen", [(0,), (1,), (2,), (0, 2), (0, 1)], ids=str)
+def test_frozen(frozen: tuple[int, ...], backend: str) -> None:
+    """Only what is asked for is computed, and it is the same."""
+    x, w, b = torch.randn(6, 5), torch.randn(4, 5), torch.randn(4)
+    leaves = [t.requires_grad_(i not in frozen) for i, t in enumerate((x, w, b))]
+    linear(x, w, b, backend=backend).square().sum().backward()
+    dy = 2 * F.linear(x, w, b).detach()
+    for leaf, expected in zip(leaves, (dy @ w, dy.T @ x, dy.sum(0)), strict=True):
+        assert (leaf.grad is None) == (not leaf.requires_grad)
+        if leaf.grad is not None:
+            torch.testing.assert_close(leaf.grad, expected.detach())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_without_onednn(backend: str) -> None:
+    """The user's switch for oneDNN holds for these products as for PyTorch's own."""
+    x, w = torch.randn(64, 48), torch.randn(32, 48)
+    with torch.backends.mkldnn.flags(enabled=False):
+        y = linear(x, w, backend=backend)
+        assert torch.equal(y, F.linear(x, w))
+
+
+X, B, W = torch.randn(2, 4), torch.randn(4), torch.randn(3, 4)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: linear(X, B), r"weight has shape \(4,\): it must be \(N, K\)"),
+        (lambda: linear(X, W.T), r"weight has shape \(4, 3\): it must be \(4, 4\)"),
+        (lambda: linear(X, W, B), r"bias has shape \(4,\): it must be \(3,\)"),
+        (lambda: linear(X, W.int()), r"weight has dtype torch.int32"),
+        (lambda: linear(torch.tensor(1.0), W), r"x is a scalar"),
+        (lambda: linear(X, W.to("meta")), r"weight is on meta: it must be on cpu, where x is"),
+    ],
+)
+def test_bad_input(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        call()
+
+
+@pytest.mark.skipif("native" not in BACKENDS, reason="the native kernels are not built here")
+def test_dtypes_must_agree() -> None:
+    with pytest.raises(InputError, match=r"weight has dtype torch.bfloat16: it must be torch.float32"):
+        linear(X, W.bfloat16(), backend="native")
+
+
+MUTANTS = {
+    "csrc/cpu/linear.cpp": [
+        ("dw = multiply(g.t(), as_matrix(x));", "dw = multiply(g.t(), as_matrix(x).flip(0));"),
+        ("if (need_db) db = column_sums(g);", "if (need_db) db = column_sums(g.slice(0, 0, g.size(0) / 2));"),
+    ],
+    "csrc/cpu/product.cpp": [
+        ("out.copy_(bias->expand_as(out))", "out.copy_(bias->expand_as(out).neg())"),
+    ],
+    "csrc/cpu/loops/sum_rows.h": [
+        ("out[c] = 0.0f", "out[c] += 0.0f"),
+    ],
+}
