@@ -395,8 +395,8 @@ def test_the_small_rungs_reach_the_lectures_losses(tmp_path: Path) -> None:
     """FASTGPT_SHAKESPEARE=path/to/input.txt; minutes.
 
     The lecture says 2.5 and 2.4, rounded by up to 0.05, and for the others two decimals of one run with other
-    random numbers. Seeds 1337 and 1 were up to 0.023 apart here, and no further from the lecture. Each rung is
-    better than the one before by more than that, but for LayerNorm (0.019 and 0.003).
+    random numbers. Seeds 1337 and 1 were up to 0.023 apart here, and no further from the lecture. Each rung
+    is better than the one before by more than that, but for LayerNorm (0.019 and 0.003).
     """
     path = os.environ.get("FASTGPT_SHAKESPEARE")
     if not path:
