@@ -117,7 +117,8 @@ def cpu_multiplies_bf16() -> bool:
     """Whether this CPU has instructions for products of bf16 and the native kernels for all around them."""
     from fastgpt.ops.library import native_missing
 
-    has = torch.cpu.get_capabilities()
+    ask: Callable[[], dict[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)  # which may not be there
+    has = ask()
     return bool(has.get("avx512_bf16") or has.get("amx_bf16")) and not native_missing(
         "attention", torch.device("cpu")
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -393,8 +394,9 @@ def test_the_lectures_order(dataset: TokenDataset) -> None:
 def test_the_small_rungs_reach_the_lectures_losses(tmp_path: Path) -> None:
     """FASTGPT_SHAKESPEARE=path/to/input.txt; minutes.
 
-    The lecture says 2.5 and 2.4, which is rounded by up to 0.05, and for the others two decimals of one run
-    with other random numbers. Two seeds here were at most TODO apart.
+    The lecture says 2.5 and 2.4, rounded by up to 0.05, and for the others two decimals of one run with other
+    random numbers. Seeds 1337 and 1 were up to 0.023 apart here, and no further from the lecture. Each rung
+    is better than the one before by more than that, but for LayerNorm (0.019 and 0.003).
     """
     path = os.environ.get("FASTGPT_SHAKESPEARE")
     if not path:
@@ -405,6 +407,9 @@ def test_the_small_rungs_reach_the_lectures_losses(tmp_path: Path) -> None:
     loss = {result.name: result.val_loss for result in results if isinstance(result, Trained)}
     for name in names:
         if (lecture := RUNGS[name].lecture) is not None:
-            assert loss[name] == pytest.approx(lecture, abs=0.06), (name, loss)
+            tolerance = 0.05 + 0.02 if lecture > 2.3 else 2 * 0.023
+            assert loss[name] == pytest.approx(lecture, abs=tolerance), (name, loss)
     order = ("bigram", "attention", "multi-head", "feed-forward", "residual", "layer-norm")
-    assert [loss[name] for name in order] == sorted((loss[name] for name in order), reverse=True), loss
+    for before, after in itertools.pairwise(order):
+        assert loss[after] < loss[before] + (0.02 if after == "layer-norm" else 0), (after, loss)
+    assert loss["blocks"] > loss["feed-forward"], loss
