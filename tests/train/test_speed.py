@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import os
 import platform
 import subprocess
 import sys
@@ -49,7 +50,7 @@ MUTANTS = {
             "    libc.mallopt(mmap_threshold, 32 << 20)\n    libc.mallopt(trim_threshold, 1 << 30)\n",
             "",
         ),
-        (" and masters)\n", ")\n"),
+        ("and cpu and masters ", "and cpu "),
     ],
 }
 
@@ -155,23 +156,30 @@ def test_which_cpus_multiply_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the switch is glibc's")
 def test_freed_memory_is_kept() -> None:
-    """16 MB that were freed are used again, where otherwise each page comes anew from the system."""
+    """16 MB that were freed are used again, where otherwise each page comes anew from the system.
+
+    The C library learns from what is freed, and by luck of what lies behind it keeps some too: the
+    environment has it return everything, which the switch overrules.
+    """
     program = """if True:
         import resource, sys, torch
         from fastgpt.runtime import keep_freed_memory
         if sys.argv[1] == "keep":
             keep_freed_memory()
-        for round in range(11):
-            if round == 1:
+        for round in range(15):
+            if round == 5:
                 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
             first, second, third = (torch.ones(1 << 22) for _ in range(3))
             del first, second, third
         print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     """
-    kept, usual = (
-        int(subprocess.run([sys.executable, "-c", program, way], capture_output=True, check=True).stdout)
-        for way in ("keep", "usual")
-    )
+    returning = {"MALLOC_TRIM_THRESHOLD_": "131072", "MALLOC_MMAP_THRESHOLD_": "131072"}
+
+    def new_pages(way: str) -> int:
+        command, environment = [sys.executable, "-c", program, way], {**os.environ, **returning}
+        return int(subprocess.run(command, env=environment, capture_output=True, check=True).stdout)
+
+    kept, usual = new_pages("keep"), new_pages("usual")
     assert kept < usual / 5
 
 
