@@ -24,6 +24,7 @@ from fastgpt.files import read_text
 from fastgpt.inspect.command import inspect_command
 
 if TYPE_CHECKING:
+    from fastgpt.data import ProblemSet
     from fastgpt.pretrained import Source
 
 USAGE = f"""\
@@ -213,6 +214,7 @@ def sample_command(args: Sequence[str]) -> None:
             f"note: the prompt has {len(idx)} tokens; the model sees the last {model.config.block_size}",
             file=sys.stderr,
         )
+    problems = _problems(source)
     samples = generate_texts(
         model,
         tokenizer,
@@ -234,20 +236,28 @@ def sample_command(args: Sequence[str]) -> None:
             print(text, end="", flush=True)
             written += text
         print()
-        if note := _reading(source, written):
+        if problems and (note := _reading(problems, written)):
             print(note, file=sys.stderr)
 
 
-def _reading(source: Source, written: str) -> str | None:
-    """What an answer means that a model of problems does not write as people do; else nothing."""
+def _problems(source: Source) -> ProblemSet | None:
+    """What a run was trained on, if that was problems."""
     from fastgpt.checkpoint import Checkpoint
-    from fastgpt.data import PROBLEM_CORPORA, answer_of, problem_set
+    from fastgpt.data import PROBLEM_CORPORA, problem_set
 
     run = source.path.parent.parent
     if not isinstance(source, Checkpoint) or not (run / CONFIG).exists():
         return None
-    corpus, answer = settings_of_run(run).corpus, answer_of(written)
-    reading = problem_set(corpus).read(answer) if corpus in PROBLEM_CORPORA else answer
+    corpus = settings_of_run(run).corpus
+    return problem_set(corpus) if corpus in PROBLEM_CORPORA else None
+
+
+def _reading(problems: ProblemSet, written: str) -> str | None:
+    """What an answer means that is not written as people do; else nothing."""
+    from fastgpt.data import answer_of
+
+    answer = answer_of(written)
+    reading = problems.read(answer)
     return None if reading == answer else f"note: an answer begins with its units, so this one is {reading}"
 
 

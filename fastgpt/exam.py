@@ -16,6 +16,7 @@ from fastgpt.model import GPT
 BATCH_SIZE = 256  # problems at once
 SHOWN = 8
 NAMES = {"+": "add", "-": "subtract", "*": "multiply", "/": "divide"}
+SCORES = {f"accuracy_{name}": name for name in NAMES.values()}  # keys of the metrics, beside `accuracy`
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Exam:
 
 def describe(scores: Mapping[str, float | None]) -> str:
     """The scores of an exam in one line."""
-    each = {name: scores.get(f"accuracy_{name}") for name in NAMES.values()}
+    each = {name: scores.get(key) for key, name in SCORES.items()}
     parts = [f"{name} {value:.4f}" for name, value in each.items() if value is not None]
     return f"accuracy {scores['accuracy']:.4f}" + (f" ({', '.join(parts)})" if len(parts) > 1 else "")
 

@@ -21,7 +21,7 @@ METRICS = "metrics.jsonl"
 KEYS = (
     *("step", "tokens", "train_loss", "val_loss", "lr", "grad_norm", "tokens_per_s", "mfu", "seconds"),
     *("hellaswag_acc", "hellaswag_acc_norm"),
-    *("accuracy", "accuracy_add", "accuracy_subtract", "accuracy_multiply", "accuracy_divide"),  # of an exam
+    *("accuracy", *exam.SCORES),  # of an exam
     *("loss_z", "grad_norm_z", "outliers"),  # with a guard
     *("max_logit", "log_sum_exp"),  # at evaluations, and so the gradient norms of groups of parameters
     *("grad_norm_embedding", "grad_norm_attention", "grad_norm_mlp", "grad_norm_norm"),

@@ -99,12 +99,12 @@ def resolve_precision(
     """
     cpu, cuda = device.type == "cpu", device.type == "cuda"
     has_bf16 = cpu or (cuda and torch.cuda.is_bf16_supported())
-    may_be_bf16 = weights == "bf16" or (weights == "auto" and masters)
+    follow = weights == "auto" and cpu and masters  # weights are then what is computed in
     if name == "auto":
-        fast = (cuda and has_bf16) or (cpu and may_be_bf16 and cpu_multiplies_bf16())
+        fast = (cuda and has_bf16) or (follow and cpu_multiplies_bf16())
         name = "bf16" if weights == "bf16" or fast else "fp32"
     if weights == "auto":
-        weights = "bf16" if cpu and name == "bf16" and masters else "fp32"
+        weights = "bf16" if follow and name == "bf16" else "fp32"
     if name == "tf32" and device.type != "cuda":
         raise InputError("precision tf32 needs an NVIDIA GPU: use fp32 or bf16")
     if name == "bf16" and not has_bf16:

@@ -16,7 +16,7 @@ from fastgpt.benchmarks.report.sections import Chart, Section, slug
 from fastgpt.benchmarks.report.tables import Column, Table, number
 from fastgpt.config import CONFIG
 from fastgpt.errors import InputError
-from fastgpt.exam import NAMES
+from fastgpt.exam import SCORES
 from fastgpt.metrics import KEYS, METRICS, read_metrics
 from fastgpt.stability import GROUPS
 
@@ -46,7 +46,7 @@ CURVES = (
         "accuracy",
         "Right answers to held-out problems",
         "accuracy",
-        {"accuracy": "all", **{f"accuracy_{name}": name for name in NAMES.values()}},
+        {"accuracy": "all", **SCORES},
         True,
     ),
     Curves("lr", "Learning rate", "learning rate", {"lr": ""}, True),

@@ -13,9 +13,7 @@ constexpr int64_t kGrain = 1 << 14;  // elements that are worth a thread
 
 Tensor linear_forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   const PlainProducts guard;
-  auto shape = x.sizes().vec();
-  shape.back() = weight.size(0);
-  return multiply(as_matrix(x), weight.t(), bias).view(shape);
+  return linear_product(x, weight, bias);
 }
 
 // The sum over the rows of x (rows, width), contiguous: (width,).
@@ -25,12 +23,12 @@ Tensor column_sums(const Tensor& x) {
   const Tensor sums = empty({blocks.count, width}, at::kFloat);
   with_type(x.scalar_type(), [&](auto type) {
     using T = decltype(type);
-    const auto loop = FASTGPT_CHOOSE(sum_rows<T>);
+    const auto loop = FASTGPT_CHOOSE(sum_rows<T, float>);
     const int64_t grain = kGrain / std::max<int64_t>(width * blocks.size, 1) + 1;
     parallel_for(0, blocks.count, grain, [&](int64_t first, int64_t last) {
       for (int64_t block = first; block < last; ++block)
-        loop(const_data<T>(x) + blocks.begin(block) * width, data<float>(sums) + block * width,
-             blocks.end(block) - blocks.begin(block), width);
+        loop(const_data<T>(x) + blocks.begin(block) * width, nullptr, 1,
+             blocks.end(block) - blocks.begin(block), data<float>(sums) + block * width, width);
     });
   });
   return sum_blocks(sums, x.scalar_type());
@@ -41,11 +39,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& dy, const Tenso
   const PlainProducts guard;
   const auto dtype = x.scalar_type();
   const Tensor g = as_matrix(plain(dy, dtype));
-  Tensor dx = empty({0}, dtype), dw = empty({0}, dtype), db = empty({0}, dtype);
-  if (need_dx) dx = multiply(g, weight).view(x.sizes());
-  if (need_dw) dw = multiply(g.t(), as_matrix(x));
-  if (need_db) db = column_sums(g);
-  return {dx, dw, db};
+  auto [dx, dw] = product_gradients(g, x, weight, need_dx, need_dw);
+  return {dx, dw, need_db ? column_sums(g) : empty({0}, dtype)};
 }
 
 }  // namespace

@@ -12,9 +12,7 @@ std::tuple<Tensor, Tensor> linear_gelu_forward(const Tensor& x, const Tensor& we
                                                const std::optional<Tensor>& bias,
                                                std::string_view approximate, bool save) {
   const PlainProducts guard;
-  auto shape = x.sizes().vec();
-  shape.back() = weight.size(0);
-  const Tensor h = multiply(as_matrix(x), weight.t()).view(shape);
+  const Tensor h = linear_product(x, weight);
   const Tensor y = save ? empty(h.sizes(), h.scalar_type()) : h;
   const bool write = save && bias.has_value();
   bias_gelu_into(h, plain(bias, at::kFloat), write ? h : Tensor(), y, approximate);
@@ -27,14 +25,12 @@ std::tuple<Tensor, Tensor, Tensor> linear_gelu_backward(const Tensor& dy, const 
                                                         bool need_dx, bool need_dw) {
   const PlainProducts guard;
   const auto dtype = x.scalar_type();
-  Tensor dh, db = empty({0}, dtype), dx = empty({0}, dtype), dw = empty({0}, dtype);
+  Tensor dh, db = empty({0}, dtype);
   if (has_bias)
     std::tie(dh, db) = bias_gelu_gradients(dy, h, std::nullopt, approximate, dtype, dtype);
   else
     dh = gelu_gradient(dy, h, approximate);
-  const Tensor matrix = as_matrix(dh);
-  if (need_dx) dx = multiply(matrix, weight).view(x.sizes());
-  if (need_dw) dw = multiply(matrix.t(), as_matrix(x));
+  auto [dx, dw] = product_gradients(as_matrix(dh), x, weight, need_dx, need_dw);
   return {dx, dw, db};
 }
 

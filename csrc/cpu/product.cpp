@@ -28,32 +28,37 @@ constexpr int64_t kMostSlices = 16;  // each passes over the result once more
 
 bool dense(const Tensor& x) { return x.stride(0) == 1 || x.stride(1) == 1; }
 
-bool by_onednn(const Tensor& out, const Tensor& a, const Tensor& b) {
+// out = a b, or out += a b, by oneDNN: false, and nothing done, where PyTorch's choice is as good.
+bool by_onednn(const Tensor& out, const Tensor& a, const Tensor& b, bool add) {
 #if defined(FASTGPT_X86) && defined(__linux__)
   static const bool faster = at::native::mkldnn_matmul != nullptr && at::hasMKL() && isa() >= Isa::kAvx512 &&
                              !__builtin_cpu_is("intel");
-  return faster && out.scalar_type() == at::kFloat && out.numel() > 0 && a.numel() > 0 && dense(out) &&
-         dense(a) && dense(b) && at::globalContext().userEnabledMkldnn();
+  if (!faster || out.scalar_type() != at::kFloat || out.numel() == 0 || a.numel() == 0 || !dense(out) ||
+      !dense(a) || !dense(b) || !at::globalContext().userEnabledMkldnn())
+    return false;
+  RECORD_FUNCTION("fastgpt::multiply", c10::ArrayRef<const c10::IValue>());  // for the profiler
+  const int64_t depth = std::max(kDepth, (a.size(1) + kMostSlices - 1) / kMostSlices);
+  for (int64_t begin = 0; begin < a.size(1); begin += depth) {
+    const int64_t end = std::min(begin + depth, a.size(1));
+    at::native::mkldnn_matmul(a.slice(1, begin, end), b.slice(0, begin, end), out,
+                              add || begin > 0 ? 1.0f : 0.0f, 1.0f);
+  }
+  return true;
 #else
   return false;
 #endif
 }
 
+Tensor multiply(const Tensor& a, const Tensor& b) {
+  const Tensor out = empty({a.size(0), b.size(1)}, a.scalar_type());
+  multiply_into(out, a, b);
+  return out;
+}
+
 }  // namespace
 
 void multiply_into(const Tensor& out, const Tensor& a, const Tensor& b, bool add) {
-#if defined(FASTGPT_X86) && defined(__linux__)
-  if (by_onednn(out, a, b)) {
-    RECORD_FUNCTION("fastgpt::multiply", c10::ArrayRef<const c10::IValue>());  // for the profiler
-    const int64_t depth = std::max(kDepth, (a.size(1) + kMostSlices - 1) / kMostSlices);
-    for (int64_t begin = 0; begin < a.size(1); begin += depth) {
-      const int64_t end = std::min(begin + depth, a.size(1));
-      at::native::mkldnn_matmul(a.slice(1, begin, end), b.slice(0, begin, end), out,
-                                add || begin > 0 ? 1.0f : 0.0f, 1.0f);
-    }
-    return;
-  }
-#endif
+  if (by_onednn(out, a, b, add)) return;
   Tensor result = out;
   if (add)
     at::addmm_out(result, out, a, b);
@@ -61,11 +66,21 @@ void multiply_into(const Tensor& out, const Tensor& a, const Tensor& b, bool add
     at::mm_out(result, a, b);
 }
 
-Tensor multiply(const Tensor& a, const Tensor& b, const std::optional<Tensor>& bias) {
-  const Tensor out = empty({a.size(0), b.size(1)}, a.scalar_type());
-  if (bias.has_value()) out.copy_(bias->expand_as(out));
-  multiply_into(out, a, b, bias.has_value());
-  return out;
+Tensor linear_product(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  auto shape = x.sizes().vec();
+  shape.back() = weight.size(0);
+  const Tensor y = empty(shape, x.scalar_type()), rows = as_matrix(y);
+  if (bias.has_value()) rows.copy_(bias->expand_as(rows));
+  multiply_into(rows, as_matrix(x), weight.t(), bias.has_value());
+  return y;
+}
+
+std::tuple<Tensor, Tensor> product_gradients(const Tensor& dy, const Tensor& x, const Tensor& weight,
+                                             bool need_dx, bool need_dw) {
+  Tensor dx = empty({0}, x.scalar_type()), dw = empty({0}, x.scalar_type());
+  if (need_dx) dx = multiply(dy, weight).view(x.sizes());
+  if (need_dw) dw = multiply(dy.t(), as_matrix(x));
+  return {dx, dw};
 }
 
 }  // namespace fastgpt

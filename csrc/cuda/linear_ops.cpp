@@ -17,9 +17,10 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& dy, const Tenso
                                                    bool need_dx, bool need_dw, bool need_db) {
   const DeviceGuard guard(x);
   const PlainProducts plain;
-  const Tensor g = as_matrix(dy), nothing = at::empty({0}, x.options());
-  return {need_dx ? at::mm(g, weight).view(x.sizes()) : nothing,
-          need_dw ? at::mm(g.t(), as_matrix(x)) : nothing, need_db ? at::sum(g, 0) : nothing};
+  const Tensor g = as_matrix(dy);
+  const auto absent = [&] { return at::empty({0}, x.options()); };  // one each: outputs share no memory
+  return {need_dx ? at::mm(g, weight).view(x.sizes()) : absent(),
+          need_dw ? at::mm(g.t(), as_matrix(x)) : absent(), need_db ? at::sum(g, 0) : absent()};
 }
 
 }  // namespace

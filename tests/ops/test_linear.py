@@ -99,13 +99,13 @@ def test_dtypes_must_agree() -> None:
 
 MUTANTS = {
     "csrc/cpu/linear.cpp": [
-        ("dw = multiply(g.t(), as_matrix(x));", "dw = multiply(g.t(), as_matrix(x).flip(0));"),
-        ("if (need_db) db = column_sums(g);", "if (need_db) db = column_sums(g.slice(0, 0, g.size(0) / 2));"),
+        ("need_db ? column_sums(g)", "need_db ? column_sums(g.slice(0, 0, g.size(0) / 2))"),
     ],
     "csrc/cpu/product.cpp": [
-        ("out.copy_(bias->expand_as(out))", "out.copy_(bias->expand_as(out).neg())"),
+        ("rows.copy_(bias->expand_as(rows))", "rows.copy_(bias->expand_as(rows).neg())"),
+        ("dw = multiply(dy.t(), as_matrix(x));", "dw = multiply(dy.t(), as_matrix(x).flip(0));"),
     ],
     "csrc/cpu/loops/sum_rows.h": [
-        ("out[c] = 0.0f", "out[c] += 0.0f"),
+        ("store(sums + c, Vec{});", "store(sums + c, splat(1.0f));"),
     ],
 }
