@@ -23,6 +23,7 @@ from .test_table import forward_backward
 CPU = torch.device("cpu")
 ROWS = [row for row in ops.table() if row.name == "emulated" and row.missing(CPU) is None]
 SANITIZED = cuda_emulator.LIBRARY in os.environ
+RACES = "libtsan" in os.environ.get("LD_PRELOAD", "")
 # Under ThreadSanitizer a block takes a tenth of a second: no cases of fifty blocks, which do what three do.
 MOST_ELEMENTS = 6400 if SANITIZED else 1 << 30
 
@@ -78,6 +79,7 @@ def test_schedules_agree(row: Implementation, dtype: torch.dtype, any_schedule: 
 
 
 @pytest.mark.skipif(not ROWS, reason="nothing is emulated here")
+@pytest.mark.skipif(RACES, reason="test_schedules_agree makes the same launches")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", LONG, ids=lambda case: f"emulated-{case.operation}-{case.name}")
 def test_accuracy_of_long_rows(case: Case, dtype: torch.dtype) -> None:
