@@ -64,7 +64,7 @@ def accepted(name: str) -> set[str]:
         return {"uncoalesced"}  # a row of a table for each tensor, of which there are a few hundred
     if ":_linear_gelu/" in name and "float32" in name:
         return {"no tensor cores"}  # fp32 is exact products, unless the user allows tf32
-    if "float32" in name and "attention" in name:
+    if "attention" in name and ("float32" in name or "backward 80 bfloat16 dropout window" in name):
         return {"bank conflicts"}  # Triton's own conversion of scores to the layout of an operand
     return set()
 

@@ -22,8 +22,9 @@ from .test_table import forward_backward
 
 CPU = torch.device("cpu")
 ROWS = [row for row in ops.table() if row.name == "emulated" and row.missing(CPU) is None]
-SANITIZED = cuda_emulator.LIBRARY in os.environ
-RACES = "libtsan" in os.environ.get("LD_PRELOAD", "")
+GIVEN = cuda_emulator.LIBRARY in os.environ  # by a sanitizer's run or by tests/cuda_barriers.py
+SANITIZED = "san.so" in os.environ.get("LD_PRELOAD", "")
+RACES = "libtsan.so" in os.environ.get("LD_PRELOAD", "")
 # Under ThreadSanitizer a block takes a tenth of a second: no cases of fifty blocks, which do what three do.
 MOST_ELEMENTS = 6400 if SANITIZED else 1 << 30
 
@@ -69,7 +70,7 @@ def any_schedule() -> Iterator[None]:
 def test_schedules_agree(row: Implementation, dtype: torch.dtype, any_schedule: None) -> None:
     for case in cases(row):
         results = []
-        for schedule in ["greedy:early", "reverse:late"] if SANITIZED else cuda_emulator.SCHEDULES:
+        for schedule in ["greedy:early", "reverse:late"] if GIVEN else cuda_emulator.SCHEDULES:
             cuda_emulator.set_schedule(schedule)
             results.append(everything(case, dtype))
         for schedule, other in zip(cuda_emulator.SCHEDULES, results, strict=False):
