@@ -2,7 +2,8 @@
 
 The launches of a step run one after another, so their ceilings add up. Where the host cannot launch as fast
 as that, its launches are the bound. What a launch finds in L2 because the one before left it there is not
-known here: all its bytes count as memory's.
+known here: all its bytes count as memory's. What it reads again itself (`Step.again`) does too where the
+programs that a chip runs at a time hold more than its L2: all of it or nothing, an estimate.
 """
 
 from __future__ import annotations
@@ -110,13 +111,18 @@ def _look(study: Study, step: Step, chip: Chip) -> Seen:
 
 
 def _limited(analysis: Analysis, step: Step, call: shipped.Call) -> Analysis:
-    """With the step's own bounds among those of the microscope."""
-    limits = analysis.bounds
-    if step.limits is None or limits is None:
+    """With the step's own bounds among those of the microscope, and the bytes that L2 does not hold."""
+    limits, chip = analysis.bounds, analysis.chip
+    if limits is None:
         return analysis
-    every = {**limits.seconds, **step.limits(call, analysis.chip)}
+    work = limits.work
+    every = {**limits.seconds, **(step.limits(call, chip) if step.limits is not None else {})}
+    again = step.again(call) if step.again is not None else None
+    if again is not None and again.held * min(call.programs, analysis.fits.blocks * chip.sms) > chip.l2:
+        work = replace(work, bytes=(work.bytes or 0.0) + again.bytes)
+        every["bandwidth"] = (work.bytes or 0.0) / chip.bandwidth
     ordered = dict(sorted(every.items(), key=lambda item: -item[1]))
-    return replace(analysis, bounds=replace(limits, seconds=ordered))
+    return replace(analysis, bounds=replace(limits, seconds=ordered, work=work))
 
 
 def _work(step: Step, call: shipped.Call) -> Work:

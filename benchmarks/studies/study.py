@@ -47,6 +47,16 @@ class Prediction:
 
 
 @dataclass(frozen=True)
+class Again:
+    """What a launch reads again later: from L2 where that holds what went by since, else from memory."""
+
+    held: float
+    """Bytes that go by a program between the two reads."""
+    bytes: float
+    """That all programs together read again."""
+
+
+@dataclass(frozen=True)
 class Step:
     """One version of the operation.
 
@@ -68,6 +78,8 @@ class Step:
     """Of a launch; None is what the package knows of its own kernels, and of others every tensor once."""
     limits: Callable[[Call, Chip], Mapping[str, float]] | None = None
     """Seconds that a launch takes at least, by what for: bounds that the microscope does not have."""
+    again: Callable[[Call], Again | None] | None = None
+    """What a launch reads again; None is nothing, or so soon that caches hold it."""
     fills: int = 0
     """Launches of PyTorch's own in `run`, that move next to nothing (zeros to add to)."""
     deterministic: bool = True
