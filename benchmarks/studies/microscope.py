@@ -60,9 +60,11 @@ class Seen:
         return longest.bounds.binding if longest.bounds else "does not fit"
 
     def kernels(self) -> list[Analysis]:
-        """One for each kernel, in the launch that has the most bytes."""
+        """One for each kernel that the step is about, in the launch that has the most bytes."""
         found: dict[str, Analysis] = {}
         for _, analysis in self.analyses:
+            if analysis.built.name in self.step.aside:
+                continue
             before = found.get(analysis.built.name)
             if before is None or _bytes(analysis) > _bytes(before):
                 found[analysis.built.name] = analysis

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -80,6 +80,8 @@ class Step:
     """Seconds that a launch takes at least, by what for: bounds that the microscope does not have."""
     again: Callable[[Call], Again | None] | None = None
     """What a launch reads again; None is nothing, or so soon that caches hold it."""
+    aside: Collection[str] = ()
+    """Kernels that are not what the step is about: they count, and are left out of the table of kernels."""
     fills: int = 0
     """Launches of PyTorch's own in `run`, that move next to nothing (zeros to add to)."""
     deterministic: bool = True
