@@ -470,8 +470,8 @@ STUDY = Study(
             "back to blocks of 8192, with m and t for each 16 bytes that a thread loads, which meet at the "
             "end of the row; exp2; a mask in the last block alone.",
             Prediction(
-                "no exchange between warps in the loop, and about half of the instructions. The bytes stay, so "
-                "that it counts where memory is fast: on a B200 1.6 GB take 206 us.",
+                "no exchange between warps in the loop, and about half of the instructions. The bytes stay: "
+                "this counts where memory is fast, on a B200, where 1.6 GB take 206 us.",
                 bytes=2 * PASS,
                 launches=3,
             ),
