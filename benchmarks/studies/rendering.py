@@ -49,12 +49,12 @@ def cells(text: str) -> list[dict[str, dict[str, str]]]:
 
 
 def computed(study: Study, seen: Sequence[Sequence[Seen]]) -> str:
-    """What the steps come to, in one table for each chip's times, and one for the kernels on the first chip.
+    """What the steps come to on all chips, in one table, and in another one the kernels on one chip.
 
     Args:
         seen: the steps on each chip.
     """
-    first = seen[0]
+    first = next((steps for steps in seen if steps[0].chip.name == "h100"), seen[0])
     rows = []
     for number, step in enumerate(study.steps):
         row = {
@@ -69,7 +69,7 @@ def computed(study: Study, seen: Sequence[Sequence[Seen]]) -> str:
         rows.append(row)
     kernels = [_kernel(one, analysis) for one in first for analysis in one.kernels()]
     return (
-        f"**Computed** from what Triton {triton.__version__} compiles, for {study.sizes}. Times are ceilings, "
+        f"**Computed** from what Triton {triton.__version__} compiles for {study.sizes}. Times are ceilings, "
         f"with what binds; a launch counts as {1e6 * LAUNCH_S:.0f} us at least.\n\n{table(rows)}"
         f"\n\nThe kernels on {first[0].chip.name}, **computed**:\n\n{table(kernels)}"
     )
