@@ -84,11 +84,11 @@ def _bytes(analysis: Analysis) -> float:
 
 def look(study: Study, chip: Chip, steps: Sequence[Step] | None = None) -> list[Seen]:
     """The steps (all by default) on that chip. Compiles kernels: not in a process that interprets them."""
-    return [_look(study, step, chip) for step in steps or study.steps]
-
-
-def _look(study: Study, step: Step, chip: Chip) -> Seen:
     inputs = study.inputs("gpt2", torch.device("meta"))
+    return [_look(study, step, inputs, chip) for step in steps or study.steps]
+
+
+def _look(study: Study, step: Step, inputs: list[Any], chip: Chip) -> Seen:
     example = Example(step.name, lambda: step.run(*inputs))
     calls: list[shipped.Call] = []
     with capture(

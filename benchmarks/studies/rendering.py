@@ -12,12 +12,12 @@ import triton
 
 from fastgpt.benchmarks.studies.microscope import Seen
 from fastgpt.benchmarks.studies.study import LAUNCH_S, Study
-from fastgpt.benchmarks.study import ROOT
 from fastgpt.benchmarks.timing import Timing
 from fastgpt.errors import InputError
 from fastgpt.inspect import sass
 from fastgpt.inspect.report import Analysis
 
+ROOT = Path(__file__).resolve().parents[2]  # of the checkout, wherever this module was imported from
 COMPUTED, MEASURED = "computed", "measured"
 
 
