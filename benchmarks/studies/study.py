@@ -84,6 +84,8 @@ class Step:
     """Kernels that are not what the step is about: they count, and are left out of the table of kernels."""
     fills: int = 0
     """Launches of PyTorch's own in `run`, that move next to nothing (zeros to add to)."""
+    refused: str = ""
+    """Why it is not shipped, however low its ceiling is; empty where nothing but times speaks against it."""
     deterministic: bool = True
     """Whether a second run must give the same bits."""
 

@@ -175,13 +175,16 @@ def compare(name: str, *chips: str) -> None:
 
 
 def _ceilings_fall(of: Study, rows: dict[str, dict[str, str]], name: str) -> None:
-    """No step but one that differs from run to run has a lower ceiling than the last one."""
+    """No step has a much lower ceiling than the last one, but one that differs from run to run or is refused.
+
+    Up to a tenth is what a shipped kernel may pay for taking any strides, sizes and options.
+    """
     ceilings = {
         step.name: float(rows[step.name][f"{name}, computed us"].split()[0])
         for step in of.steps
-        if step.deterministic
+        if step.deterministic and not step.refused
     }
-    assert ceilings[of.steps[-1].name] == min(ceilings.values()), ceilings
+    assert ceilings[of.steps[-1].name] <= 1.1 * min(ceilings.values()), ceilings
 
 
 @pytest.mark.parametrize("name", NAMES)
