@@ -107,20 +107,9 @@ def _named(name: str) -> Iterator[None]:
 @contextlib.contextmanager
 def _poisoned() -> Iterator[None]:
     """What `torch.empty` makes is NaN: an element that nobody writes is then noticed."""
-    on, warns = (
-        torch.are_deterministic_algorithms_enabled,
-        torch.is_deterministic_algorithms_warn_only_enabled,
-    )
-    before, settings = (on(), warns()), _settings()
-    fills = settings.fill_uninitialized_memory
+    before = torch.get_deterministic_debug_mode()
     torch.use_deterministic_algorithms(True, warn_only=True)
-    settings.fill_uninitialized_memory = True
     try:
         yield
     finally:
-        settings.fill_uninitialized_memory = fills
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-
-
-def _settings() -> Any:
-    return torch.utils.deterministic
+        torch.set_deterministic_debug_mode(before)

@@ -106,6 +106,14 @@ def test_a_wrong_step_is_refused(wrong: Any, message: str) -> None:
         check_steps(double(wrong), torch.device("cpu"))
 
 
+def test_new_memory_is_poisoned() -> None:
+    """Otherwise what nobody writes might be right by chance."""
+    found = []
+    check_steps(double(lambda x: [found.append(torch.empty_like(x)) or 2 * x]), torch.device("cpu"))
+    assert found[0].isnan().all()
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
 def test_right_steps_pass() -> None:
     turn = iter([0.0, 1e-7])
     check_steps(double(), torch.device("cpu"))
@@ -233,7 +241,7 @@ def test_predictions_in_microseconds() -> None:
 MUTANTS = {
     "benchmarks/studies/check.py": [
         ("torch.equal(a, b)", "True"),
-        ("settings.fill_uninitialized_memory = True", "pass"),
+        ("torch.use_deterministic_algorithms(True, warn_only=True)", "pass"),
         ('        oracle.verify(results, torch.finfo(dtype_of(inputs)).eps)\n', ""),
     ],
     "benchmarks/studies/microscope.py": [
