@@ -160,7 +160,7 @@ def extension() -> dict[str, Any]:
 setup(
     packages=[
         *find_packages(include=["fastgpt", "fastgpt.*"]),
-        *("fastgpt.kernels", "fastgpt.benchmarks", "fastgpt.benchmarks.report"),
+        *("fastgpt.kernels", "fastgpt.benchmarks", "fastgpt.benchmarks.report", "fastgpt.benchmarks.studies"),
     ],
     # The Triton kernels and the benchmarks are top-level folders here, for readers; installed, they belong to
     # the package: a top-level `kernels` in site-packages would collide with the PyPI package of that name.

@@ -85,6 +85,9 @@ DROPOUT = Config(64, 32, 4, 3)
 CANDIDATES = [Config(128, 64, 8, 2), Config(128, 64, 8, 3), Config(128, 64, 8, 4), Config(64, 64, 4, 3)]
 # The three products of tf32 hold both halves of q in registers: smaller tiles, and at 256 parts of a row.
 FP32 = {64: Config(32, 32, 4, 2), 128: Config(32, 32, 8, 2), 256: Config(16, 32, 8, 1, chunk=64)}
+# Told no limit, Triton takes 146 registers on sm_100. With 111, which spill nothing, two programs of 8 warps
+# fit an SM: computed, 14.5 us instead of 19.3 at GPT-2's size (docs/optimise/attention_forward.md).
+TWO_PROGRAMS = 128
 FEW_QUERIES = 16  # the least rows that tensor cores multiply
 SPLIT_KEYS = 256  # the least worth a program of its own
 MOST_SHARES = 64  # as many as a program of `_attention_combine` holds in registers, at any head size
@@ -297,8 +300,15 @@ def attention_forward(
     lse = torch.empty((B, H, Tq), dtype=torch.float32, device=q.device)
     windowed = window is not None and window < Tk
     config = choose(HALVES, FP32, q, dropout=None if seed is None else DROPOUT)
+    registers = most_registers(
+        q,
+        crowded=seed is not None or Tq <= FEW_QUERIES or windowed or q.dtype == torch.float32,
+        widest=80 if seed is not None and windowed else 48,
+    )
     if Tq > FEW_QUERIES and has_alternatives(q, seed, windowed):
         config = tuned("attention_forward", config, CANDIDATES)
+        if chip(q.device).family == 100 and config.warps == 8:
+            registers = TWO_PROGRAMS
     if windowed and D > 64:  # a third loop, with masks
         config = config._replace(step=min(config.step, 32), stages=min(config.stages, 2))
     window = window if windowed else Tk
@@ -332,11 +342,7 @@ def attention_forward(
         WINDOWED=windowed,
         num_warps=config.warps,
         num_stages=config.stages,
-        maxnreg=most_registers(
-            q,
-            crowded=seed is not None or Tq <= FEW_QUERIES or windowed or q.dtype == torch.float32,
-            widest=80 if seed is not None and windowed else 48,
-        ),
+        maxnreg=registers,
     )
     if parts is not None:
         launch(

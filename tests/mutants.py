@@ -33,7 +33,7 @@ import cuda_emulator
 import torch
 
 ROOT = Path(__file__).parents[1]
-COPIED = ("fastgpt", "kernels", "benchmarks", "csrc", "tests", "pyproject.toml")
+COPIED = ("fastgpt", "kernels", "benchmarks", "csrc", "docs", "tests", "pyproject.toml")
 EMULATED = Path("build/emulator/plain")  # what the emulator has compiled
 
 

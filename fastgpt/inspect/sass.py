@@ -106,17 +106,19 @@ class Code:
     def main_loop(self) -> Loop | None:
         """The loop in which most of the work is: of tensor cores, else of global memory, else of all.
 
-        What counts is a loop's own part, without loops inside it. Of loops that do equally much the
-        shortest is taken: a causal mask makes another of the same loop that fewer steps run through.
+        What counts is a loop's own part, without loops inside it. One that loads from global memory comes
+        before those that only store, which fill what is left out. Of loops that do equally much the shortest
+        is taken: a causal mask makes another of the same loop that fewer steps run through.
         """
-        best, best_score = None, (0, 0, 0)
+        best, best_score = None, (0, False, 0, 0)
         for loop in self.loops:
             own = [
                 self.instructions[i] for i in range(loop.first, loop.last + 1) if not self._deeper(i, loop)
             ]
             tensor = sum(i.kind == "tensor" for i in own)
             moved = sum(i.width for i in own if i.is_global)
-            score = (tensor, moved, -len(own) if tensor or moved else len(own))
+            loads = any(i.name in ("LDG", "LDGSTS") for i in own)
+            score = (tensor, loads, moved, -len(own) if tensor or moved else len(own))
             if best is None or score > best_score:
                 best, best_score = loop, score
         return best

@@ -108,6 +108,18 @@ def test_the_main_loop() -> None:
     assert sass.mix(body) == {"tensor": 1, "barrier": 1, "control": 2}
 
 
+def test_a_loop_that_fills_is_not_the_main_one() -> None:
+    found = code(
+        ".L_x_0:",
+        *[instruction("STG.E.128")] * 8,
+        instruction("BRA", "`(.L_x_0)"),
+        ".L_x_1:",
+        instruction("LDG.E.128"),
+        instruction("BRA", "`(.L_x_1)"),
+    )
+    assert [i.name for i in found.body()] == ["LDG", "BRA"]
+
+
 def test_without_a_loop() -> None:
     found = code(instruction("LDG.E.128"), instruction("EXIT"), ".L_x_0:", instruction("BRA", "`(.L_x_0)"))
     assert found.main_loop() is None

@@ -20,7 +20,7 @@ from .commands import call
 from .runner import small
 
 # What of the repository commands of the pages name; benchmarks/results is written to, and so is not among it.
-REPOSITORY = ("csrc", "examples", "kernels", "tests", "benchmarks/*.py")
+REPOSITORY = ("csrc", "examples", "kernels", "tests", "benchmarks/*.py", "benchmarks/studies/*.py")
 WORDS = "runs/words"  # trained on tokens of GPT-2
 RESULTS = ROOT / "benchmarks/results/amd-epyc-2-cores/cpu-1.csv"
 ENDINGS = ["drinks.", "sings.", "waits.", "ends."]
