@@ -23,6 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 from fastgpt import runtime
 from fastgpt.errors import InputError, TrainingStopped
 
+RESUME = "--resume continues from the last checkpoint"  # what to do when a process of a training is lost
+
 
 @dataclass(frozen=True)
 class World:
@@ -43,10 +45,16 @@ class World:
         if self.main:
             print(line, flush=True)
 
+    def sum(self, value: Tensor) -> Tensor:
+        """`value` added up over the ranks, in place; the host does not wait for it."""
+        if self.size > 1:
+            dist.all_reduce(value)
+        return value
+
     def mean(self, value: Tensor) -> Tensor:
         """`value` averaged over the ranks, in place; the host does not wait for it."""
         if self.size > 1:
-            dist.all_reduce(value)
+            self.sum(value)
             value /= self.size
         return value
 
@@ -114,12 +122,13 @@ class Vote:
 
 
 @contextlib.contextmanager
-def joined(device: str, timeout_minutes: float) -> Iterator[World]:
+def joined(device: str, timeout_minutes: float, advice: str = "") -> Iterator[World]:
     """The world that torchrun's environment describes; one process where there is none.
 
     Args:
         device: `auto`, `cuda` or `cpu`; with several processes each takes the GPU of its LOCAL_RANK.
         timeout_minutes: how long a rank waits for the others before it gives up.
+        advice: what to do then, for the message.
 
     Raises:
         InputError: the device does not exist, or cannot be shared out.
@@ -142,8 +151,8 @@ def joined(device: str, timeout_minutes: float) -> Iterator[World]:
             raise
         raise TrainingStopped(
             f"rank {world.rank} of {size} lost the others: one of them died, or did not answer within "
-            f"{timeout_minutes:g} minutes. What that one printed says why; --resume continues from the last "
-            f"checkpoint. ({str(error).splitlines()[0]})"
+            f"{timeout_minutes:g} minutes. What that one printed says why{advice and '; '}{advice}. "
+            f"({str(error).splitlines()[0]})"
         ) from error
     finally:
         if dist.is_initialized():

@@ -1,4 +1,4 @@
-"""`fastgpt eval`: one model, one task, one line of results."""
+"""`fastgpt eval`: one model, one task, one line of results. Under torchrun the ranks share the task."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from fastgpt.config import TrainConfig
 from fastgpt.errors import InputError
 
 if TYPE_CHECKING:
+    from fastgpt.distributed import World
     from fastgpt.model import GPT
     from fastgpt.pretrained import Source
+    from fastgpt.tasks import HellaSwag, Lambada, Text
 
 
 @dataclass
@@ -45,14 +47,15 @@ def command(args: Sequence[str]) -> None:
 
     given = parse(EvalArgs, args, "eval")
     _check(given)
+    from fastgpt.distributed import joined
     from fastgpt.pretrained import model_from, read_pretrained
-    from fastgpt.runtime import resolve_device
 
-    device = resolve_device(given.device)
-    source = read_pretrained(given.run)
-    model = model_from(source).to(device)
-    evaluate = {"val": _val, "hellaswag": _hellaswag, "lambada": _lambada, "text": _text}[given.task]
-    print(f"{source.path}: {evaluate(given, source, model)}")
+    with joined(given.device, TrainConfig.timeout_minutes) as world:
+        with world.one_first():
+            source = read_pretrained(given.run)
+        model = model_from(source).to(world.device)
+        evaluate = {"val": _val, "text": _text}.get(given.task, _benchmark)
+        world.say(f"{source.path}: {evaluate(given, source, model, world)}")
 
 
 def _check(given: EvalArgs) -> None:
@@ -74,7 +77,7 @@ def _check(given: EvalArgs) -> None:
             raise InputError(f"{name} = {value}: it must be at least 1")
 
 
-def _val(given: EvalArgs, source: Source, model: GPT) -> str:
+def _val(given: EvalArgs, source: Source, model: GPT, world: World) -> str:
     from fastgpt.checkpoint import Checkpoint
     from fastgpt.cli import settings_of_run
     from fastgpt.data import ProblemSet, open_dataset
@@ -89,48 +92,58 @@ def _val(given: EvalArgs, source: Source, model: GPT) -> str:
         run = Path(given.run) if (Path(given.run) / "checkpoints").exists() else source.path.parent.parent
         trained = settings_of_run(run)
         corpus, val_fraction = trained.corpus, trained.val_fraction
-    data = open_dataset(corpus, tokenizer_of(source), val_fraction=val_fraction)
+    with world.one_first():
+        data = open_dataset(corpus, tokenizer_of(source), val_fraction=val_fraction)
     samples = data.validation(model.config.block_size)
-    loss = validation_loss(model, samples, batch_size=given.batch_size, device=model.token_embedding.device)
+    loss = validation_loss(
+        model,
+        samples.share(world.rank, world.size),
+        batch_size=given.batch_size,
+        device=world.device,
+        mean=world.mean,
+    )
     found = f"loss {loss:.4f} nats a token, perplexity {math.exp(loss):.2f}, over {len(samples)} "
     if not isinstance(data, ProblemSet):
         return found + f"windows of {model.config.block_size} tokens of {corpus}"
-    exam = Exam.of(data)
-    return f"{describe(exam.evaluate(model, progress=corpus))}, {found}held-out problems of {corpus}"
+    exam = Exam.of(data).share(world.rank, world.size)
+    scores = exam.evaluate(model, progress=corpus if world.main else None, total=world.sum)
+    return f"{describe(scores)}, {found}held-out problems of {corpus}"
 
 
-def _hellaswag(given: EvalArgs, source: Source, model: GPT) -> str:
+def _benchmark(given: EvalArgs, source: Source, model: GPT, world: World) -> str:
     from fastgpt.pretrained import tokenizer_of
-    from fastgpt.tasks import HellaSwag
+    from fastgpt.tasks import HellaSwag, Lambada
 
-    task = HellaSwag.open(given.data, tokenizer_of(source), given.limit)
-    result = task.evaluate(model, batch_size=given.batch_size, progress="HellaSwag")
-    return (
-        f"HellaSwag acc {result['acc']:.4f}, acc_norm {result['acc_norm']:.4f}, "
-        f"over {len(task.queries)} examples of {given.data or task.HUB[0]}"
-    )
-
-
-def _lambada(given: EvalArgs, source: Source, model: GPT) -> str:
-    from fastgpt.pretrained import tokenizer_of
-    from fastgpt.tasks import Lambada
-
-    task = Lambada.open(given.data, tokenizer_of(source), given.limit)
-    result = task.evaluate(model, batch_size=given.batch_size, progress="LAMBADA")
-    return (
-        f"LAMBADA acc {result['acc']:.4f}, perplexity {result['perplexity']:.2f}, "
-        f"over {len(task.queries)} passages of {given.data or task.HUB[0]}"
-    )
+    benchmark = HellaSwag if given.task == "hellaswag" else Lambada
+    with world.one_first():
+        task = benchmark.open(given.data, tokenizer_of(source), given.limit)
+    scores = _scores(given, task, model, world, benchmark.NAME)
+    count = f"{len(task.queries)} {benchmark.UNIT} of {given.data or benchmark.HUB[0]}"
+    return f"{benchmark.NAME} {_line(scores)}, over {count}"
 
 
-def _text(given: EvalArgs, source: Source, model: GPT) -> str:
+def _text(given: EvalArgs, source: Source, model: GPT, world: World) -> str:
     from fastgpt.pretrained import tokenizer_of
     from fastgpt.tasks import Text
 
     assert given.data is not None  # checked above
     task = Text.open(given.data, tokenizer_of(source), model.config.block_size, given.stride)
-    result = task.evaluate(model, batch_size=given.batch_size, progress="text")
+    result = _scores(given, task, model, world, "text")
     return (
         f"loss {result['loss']:.4f} nats a token, perplexity {result['perplexity']:.2f}, "
         f"{result['bits_per_byte']:.4f} bits a byte, over {result['tokens']:,} tokens of {given.data}"
     )
+
+
+def _scores(
+    given: EvalArgs, task: HellaSwag | Lambada | Text, model: GPT, world: World, name: str
+) -> dict[str, float]:
+    """Of the whole task, which the ranks share."""
+    return task.share(world.rank, world.size).evaluate(
+        model, batch_size=given.batch_size, progress=name if world.main else None, total=world.sum
+    )
+
+
+def _line(scores: dict[str, float]) -> str:
+    digits = {"perplexity": 2}
+    return ", ".join(f"{name} {value:.{digits.get(name, 4)}f}" for name, value in scores.items())

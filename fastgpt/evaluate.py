@@ -11,6 +11,13 @@ from torch import Tensor, nn
 
 from fastgpt.data import IGNORE_INDEX, ValidationSet
 
+Total = Callable[[Tensor], Tensor]  # adds a tensor up, or averages it, over ranks that share the work
+
+
+def alone(own: Tensor) -> Tensor:
+    """The total of one process."""
+    return own
+
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
@@ -32,7 +39,7 @@ def validation_loss(
     device: torch.device,
     autocast: contextlib.AbstractContextManager[Any] | None = None,
     forward: Callable[..., Any] | None = None,
-    mean: Callable[[Tensor], Tensor] = lambda own: own,
+    mean: Total = alone,
 ) -> float:
     """Mean cross entropy, in nats a token, over all targets of the set that are not IGNORE_INDEX.
 

@@ -10,6 +10,7 @@ import torch
 from tqdm import tqdm
 
 from fastgpt.data import Problem, ProblemSet, Tokenizer, answer_of
+from fastgpt.evaluate import Total, alone
 from fastgpt.generate import generate, until_all_ended
 from fastgpt.model import GPT
 
@@ -31,18 +32,29 @@ class Exam:
         """All held-out problems of a data set, or `count`, spread evenly over its families."""
         return cls(data, data.held_out(count))
 
+    def share(self, rank: int, world_size: int) -> Exam:
+        """Every `world_size`-th problem, from number `rank` on."""
+        return Exam(self.data, self.problems[rank::world_size])
+
     def evaluate(
-        self, model: GPT, *, batch_size: int = BATCH_SIZE, progress: str | None = None
+        self, model: GPT, *, batch_size: int = BATCH_SIZE, progress: str | None = None, total: Total = alone
     ) -> dict[str, float]:
-        """The share of right answers: `accuracy`, and `accuracy_add` and so on for each operation."""
+        """The share of right answers: `accuracy`, and `accuracy_add` and so on for each operation.
+
+        `total` adds up over ranks of which each has a share of the problems.
+        """
         written = solve(model, self.data.tokenizer, self.problems, batch_size=batch_size, progress=progress)
         right = [answer_of(text) == p.answer for p, text in zip(self.problems, written, strict=True)]
-        found = {"accuracy": float(np.mean(right))}
-        for operation, name in NAMES.items():
-            own = [ok for p, ok in zip(self.problems, right, strict=True) if p.operation == operation]
-            if own:
-                found[f"accuracy_{name}"] = float(np.mean(own))
-        return found
+        own = [[sum(right), len(right)]]
+        for operation in NAMES:
+            these = [ok for p, ok in zip(self.problems, right, strict=True) if p.operation == operation]
+            own.append([sum(these), len(these)])
+        counts = total(torch.tensor(own, dtype=torch.float64)).tolist()  # right and asked, exactly
+        return {
+            name: solved / asked
+            for name, (solved, asked) in zip(["accuracy", *SCORES], counts, strict=True)
+            if asked
+        }
 
     def show(self, model: GPT) -> str:
         """Some of the problems as the model solves them, a line each."""

@@ -121,17 +121,18 @@ def like(tensor: Tensor, parameter: Tensor) -> Tensor:
     return distribute_tensor(here, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
-def whole_model(model: GPT, world: World) -> GPT:
-    """A model that rank 0 can use alone, such as to sample; all ranks take part."""
+def whole_model(model: GPT, world: World, *, everywhere: bool = False) -> GPT:
+    """A model that rank 0 can use alone, such as to sample, or each `everywhere`; all ranks take part."""
     if not is_split(model):
         return model
-    weights = {name: whole(value, keep=world.main) for name, value in model.state_dict().items()}
-    if not world.main:
+    keep = everywhere or world.main
+    weights = {name: whole(value, keep=keep).to(world.device) for name, value in model.state_dict().items()}
+    if not keep:
         return model
     with torch.device("meta"):
         copy = GPT(model.config)
     copy.load_state_dict(weights, assign=True)
-    return copy.to(world.device)
+    return copy
 
 
 def save_shards(folder: Path, tensors: dict[str, Tensor]) -> None:

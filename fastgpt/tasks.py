@@ -1,24 +1,35 @@
-"""HellaSwag, LAMBADA and the perplexity of any text, all as queries to `fastgpt.scoring`."""
+"""HellaSwag, LAMBADA and the perplexity of any text, all as queries to `fastgpt.scoring`.
+
+Ranks share a task: each evaluates every `world_size`-th query (`share`), and what is counted is added up over
+them (`total`, as fastgpt.distributed.World.sum) before it is divided. Every rank then has the scores of all.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 
 from fastgpt.data.tokenizers import Tokenizer
 from fastgpt.errors import InputError
+from fastgpt.evaluate import Total, alone
 from fastgpt.files import read_text
 from fastgpt.model import GPT
 from fastgpt.scoring import Query, score
 
 BATCH_SIZE = 32  # continuations in a forward pass
+
+
+def _totals(total: Total, *own: float) -> list[float]:
+    """Numbers of this rank, added up over the ranks in float64, in which counts are exact."""
+    return total(torch.tensor(own, dtype=torch.float64)).tolist()
 
 
 @dataclass(frozen=True)
@@ -33,6 +44,8 @@ class HellaSwag:
     queries: list[Query]
     labels: list[int]
 
+    NAME: ClassVar = "HellaSwag"
+    UNIT: ClassVar = "examples"
     HUB: ClassVar = ("Rowan/hellaswag", None, "validation")  # name, configuration, split
 
     @classmethod
@@ -55,18 +68,19 @@ class HellaSwag:
             labels.append(label)
         return cls(queries, labels)
 
+    def share(self, rank: int, world_size: int) -> HellaSwag:
+        return HellaSwag(self.queries[rank::world_size], self.labels[rank::world_size])
+
     def evaluate(
-        self, model: GPT, *, batch_size: int = BATCH_SIZE, progress: str | None = None
+        self, model: GPT, *, batch_size: int = BATCH_SIZE, progress: str | None = None, total: Total = alone
     ) -> dict[str, float]:
         """`acc` and `acc_norm`, between 0 and 1; of equally good endings the first is taken."""
         scores = score(model, self.queries, batch_size=batch_size, progress=progress)
-        total = [np.array([s.logprob for s in row]) for row in scores]
-        mean = [np.array([s.logprob / s.tokens for s in row]) for row in scores]
-        labels = np.array(self.labels)
-        return {
-            name: float(np.mean([row.argmax() for row in values] == labels))
-            for name, values in (("acc", total), ("acc_norm", mean))
-        }
+        rows = list(zip(scores, self.labels, strict=True))
+        right = sum(np.argmax([s.logprob for s in row]) == label for row, label in rows)
+        right_norm = sum(np.argmax([s.logprob / s.tokens for s in row]) == label for row, label in rows)
+        acc, acc_norm, count = _totals(total, right, right_norm, len(rows))
+        return {"acc": acc / count, "acc_norm": acc_norm / count}
 
 
 @dataclass(frozen=True)
@@ -80,6 +94,8 @@ class Lambada:
 
     queries: list[Query]
 
+    NAME: ClassVar = "LAMBADA"
+    UNIT: ClassVar = "passages"
     HUB: ClassVar = ("EleutherAI/lambada_openai", "default", "test")
 
     @classmethod
@@ -98,14 +114,17 @@ class Lambada:
             queries.append(Query(tokenizer.encode(context), (tokenizer.encode(f" {word}"),)))
         return cls(queries)
 
+    def share(self, rank: int, world_size: int) -> Lambada:
+        return Lambada(self.queries[rank::world_size])
+
     def evaluate(
-        self, model: GPT, *, batch_size: int = BATCH_SIZE, progress: str | None = None
+        self, model: GPT, *, batch_size: int = BATCH_SIZE, progress: str | None = None, total: Total = alone
     ) -> dict[str, float]:
         scores = [row[0] for row in score(model, self.queries, batch_size=batch_size, progress=progress)]
-        return {
-            "acc": float(np.mean([s.greedy for s in scores])),
-            "perplexity": math.exp(-np.mean([s.logprob for s in scores])),
-        }
+        greedy, logprob, count = _totals(
+            total, sum(s.greedy for s in scores), sum(s.logprob for s in scores), len(scores)
+        )
+        return {"acc": greedy / count, "perplexity": math.exp(-logprob / count)}
 
 
 @dataclass(frozen=True)
@@ -141,17 +160,20 @@ class Text:
             raise InputError(f"{path} has {len(ids)} tokens: there is nothing to predict")
         return cls(list(_windows(ids, block_size, stride)), len(text.encode()))
 
+    def share(self, rank: int, world_size: int) -> Text:
+        return replace(self, queries=self.queries[rank::world_size])
+
     def evaluate(
-        self, model: GPT, *, batch_size: int = BATCH_SIZE, progress: str | None = None
+        self, model: GPT, *, batch_size: int = BATCH_SIZE, progress: str | None = None, total: Total = alone
     ) -> dict[str, float]:
         """`loss` in nats a token, its `perplexity`, `bits_per_byte` of UTF-8, and `tokens` predicted."""
         scores = [row[0] for row in score(model, self.queries, batch_size=batch_size, progress=progress)]
-        total, tokens = -sum(s.logprob for s in scores), sum(s.tokens for s in scores)
+        nats, tokens = _totals(total, -sum(s.logprob for s in scores), sum(s.tokens for s in scores))
         return {
-            "loss": total / tokens,
-            "perplexity": math.exp(total / tokens),
-            "bits_per_byte": total / math.log(2) / self.n_bytes,
-            "tokens": tokens,
+            "loss": nats / tokens,
+            "perplexity": math.exp(nats / tokens),
+            "bits_per_byte": nats / math.log(2) / self.n_bytes,
+            "tokens": int(tokens),
         }
 
 

@@ -21,15 +21,7 @@ from torch import Tensor
 
 from fastgpt import checkpoint, distributed, runtime, sharding, stability
 from fastgpt.config import GPTConfig, TrainConfig
-from fastgpt.data import (
-    Batch,
-    Dataset,
-    DownloadError,
-    Prefetcher,
-    ProblemSet,
-    Tokenizer,
-    open_dataset,
-)
+from fastgpt.data import Batch, Dataset, DownloadError, Prefetcher, ProblemSet, Tokenizer, open_dataset
 from fastgpt.distributed import World
 from fastgpt.errors import InputError
 from fastgpt.evaluate import validation_loss
@@ -77,7 +69,8 @@ class Trainer:
         self.prefetch = Prefetcher(self._micro_batches, self.device)
         limit = None if config.eval_tokens is None else max(1, config.eval_tokens // block_size)
         validation = data.validation(block_size, max_samples=limit)
-        self.validation = validation.share(self.world.rank, self.world.size)
+        self.share = self.world.rank, self.world.size  # this rank's, of whatever is evaluated
+        self.validation = validation.share(*self.share)
         encode_prompt(data.tokenizer, config.sample_prompt)  # an error now, not after the training
         self.hellaswag = HellaSwag.open(config.hellaswag, data.tokenizer) if config.hellaswag else None
         self.exam = Exam.of(data, limit) if isinstance(data, ProblemSet) else None
@@ -278,17 +271,7 @@ class Trainer:
         row = step_row(self, loss.item(), norm.item(), (self.steps_done - first) / elapsed) | self.guard.row()
         if self._due(self.config.eval_every):
             row |= self.growth.row(self.precision.autocast())
-        if self.exam and self._due(self.config.eval_every):
-            model = sharding.whole_model(self.model, self.world)
-            if self.world.main:
-                self.scores = self.exam.evaluate(model)
-            row |= self.scores
-        if self.hellaswag and self._due(self.config.hellaswag_every):
-            model = sharding.whole_model(self.model, self.world)
-            if self.world.main:
-                with self.precision.autocast():
-                    row |= {f"hellaswag_{k}": v for k, v in self.hellaswag.evaluate(model).items()}
-        log.log(row)
+        log.log(row | self._benchmarks())
         if news := self.guard.news(row):
             self.world.say(news)
         if improved or self._due(self.config.checkpoint_every):
@@ -298,6 +281,22 @@ class Trainer:
         if self._due(self.config.eval_every, self.config.checkpoint_every):
             gc.collect()
         self._since = (time.perf_counter(), self.steps_done)
+
+    def _benchmarks(self) -> dict[str, float]:
+        """What is due of the exam and HellaSwag; each rank takes its share, with all of the network."""
+        exam = self.exam if self._due(self.config.eval_every) else None
+        hellaswag = self.hellaswag if self._due(self.config.hellaswag_every) else None
+        if not (exam or hellaswag):
+            return {}
+        model, total = sharding.whole_model(self.model, self.world, everywhere=True), self.world.sum
+        if exam:
+            self.scores = exam.share(*self.share).evaluate(model, total=total)
+        found = dict(self.scores) if exam else {}
+        if hellaswag:
+            with self.precision.autocast():
+                scores = hellaswag.share(*self.share).evaluate(model, total=total)
+            found |= {f"hellaswag_{name}": score for name, score in scores.items()}
+        return found
 
     def sample(self) -> str:
         """A continuation of sample_prompt by the weights as they are, or problems that they solve; on other
@@ -326,7 +325,7 @@ def train(config: TrainConfig) -> Trainer:
     """
     if config.out_dir is None:
         raise InputError("out_dir is not set: name the folder for the run")
-    with distributed.joined(config.device, config.timeout_minutes) as world:
+    with distributed.joined(config.device, config.timeout_minutes, distributed.RESUME) as world:
         if world.device.type == "cpu":
             runtime.keep_freed_memory()
         out_dir = world.from_main(config.out_dir)  # its name may hold the time

@@ -36,7 +36,7 @@ MUTANTS = {
         ("[] if tokenizer.eot is None else [tokenizer.eot]", "[]"),
     ],
     "fastgpt/train.py": [
-        ("if self.hellaswag and self._due(self.config.hellaswag_every)", "if self.hellaswag")
+        ("self.hellaswag if self._due(self.config.hellaswag_every) else None", "self.hellaswag"),
     ],
 }
 

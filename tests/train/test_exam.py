@@ -30,12 +30,13 @@ MUTANTS = {
         ("len(problems[i].prompt) != len(problems[batch[0]].prompt)", "False"),
         ("written[i] = problems[i].prompt", "written[batch[0]] = problems[i].prompt"),
         ("model.config.block_size + 1 - idx.size(1)", "model.config.block_size - idx.size(1)"),
+        ("counts = total(torch.tensor(own, dtype=torch.float64))", "counts = torch.tensor(own)"),
     ],
     "fastgpt/evaluate.py": [
         ("int((y != IGNORE_INDEX).sum())", "y.size"),
         ("mean(torch.tensor(", "(torch.tensor(", "tests/train/test_distributed.py"),
     ],
-    "fastgpt/train.py": [("if self.exam and self._due(self.config.eval_every)", "if self.exam")],
+    "fastgpt/train.py": [("self.exam if self._due(self.config.eval_every) else None", "self.exam")],
 }
 
 ADDITION, CALCULATOR = problem_set("addition"), problem_set("calculator")
@@ -102,6 +103,24 @@ def test_answers_count_by_operation_and_whatever_the_steps() -> None:
         "accuracy 0.4545 (add 1.0000, subtract 0.0000, multiply 0.0000, divide 1.0000)"
     )
     assert list(NAMES.values()) == list(expected)
+
+
+def test_shares_add_up_to_the_whole_exam() -> None:
+    def text(prompt: str) -> str:
+        """Right where the first number is even; a prompt is "a + b =" or the like."""
+        return solutions(CALCULATOR)[prompt] if int(prompt[0]) % 2 == 0 else prompt + "7"
+
+    exam, model = Exam.of(CALCULATOR, 41), Solver(CALCULATOR, 160, text)
+    sums: list[Tensor] = []
+
+    def add_up(own: Tensor) -> Tensor:
+        sums.append(own + sums[-1] if sums else own)
+        return sums[-1]
+
+    scores = [exam.share(rank, 3).evaluate(model, total=add_up) for rank in range(3)]  # type: ignore[arg-type]
+    assert scores[-1] == exam.evaluate(model)  # type: ignore[arg-type]
+    assert 0 < scores[-1]["accuracy"] < 1
+    assert sums[-1][0, 1] == 41
 
 
 def test_an_untrained_model_has_none() -> None:
