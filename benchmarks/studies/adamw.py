@@ -46,11 +46,11 @@ DECAY, STEP_SIZE, ROOT, WEIGHT1, BETA2, WEIGHT2, EPS, CLIP = (tl.constexpr(i) fo
 COEFFICIENTS = tl.constexpr(8)
 
 Tensors = Sequence[Tensor]
-Results = tuple[Tensors, ...]
+Results = tuple[Tensors, ...]  # params, means, squares, steps and copies as they are afterwards
 
 
 def inputs(size: Size, device: torch.device) -> list[Any]:
-    """params, grads, means, squares, steps, hyper, copies and the norm of the gradients."""
+    """params, grads, means, squares, steps, hyper, copies and the norm of the gradients: a step's `state`."""
     shapes = parameter_shapes(GPT2 if size == "gpt2" else SMALL)
     on_cpu = device.type == "cpu"
 
@@ -68,16 +68,8 @@ def inputs(size: Size, device: torch.device) -> list[Any]:
     return [params, grads, means, squares, steps, hyper, [x.to(copy) for x in params], norm]
 
 
-def reference(
-    params: Tensors,
-    grads: Tensors,
-    means: Tensors,
-    squares: Tensors,
-    steps: Tensors,
-    hyper: Tensor,
-    copies: Tensors,
-    norm: Tensor,
-) -> Results:
+def reference(*state: Any) -> Results:
+    params, grads, means, squares, steps, hyper, copies, norm = state
     groups = [0] * len(params)
     arguments = (params, grads, means, squares, steps, hyper, groups)
     operation.reference(*arguments, copies=copies, grad_norm=norm, max_grad_norm=MAX_NORM)
@@ -189,16 +181,8 @@ def _over(kernel: Any, like: Tensor, *args: Any, **constants: Any) -> None:
     launch(kernel, (triton.cdiv(n, BLOCK),), *args, n, **constants, BLOCK=BLOCK, num_warps=WARPS)
 
 
-def operations(
-    params: Tensors,
-    grads: Tensors,
-    means: Tensors,
-    squares: Tensors,
-    steps: Tensors,
-    hyper: Tensor,
-    copies: Tensors,
-    norm: Tensor,
-) -> Results:
+def operations(*state: Any) -> Results:
+    params, grads, means, squares, steps, hyper, copies, norm = state
     for p, grad, m, v, step, copy in zip(params, grads, means, squares, steps, copies, strict=True):
         c = _coefficients(step, hyper, norm)
         g, d = torch.empty_like(p), torch.empty_like(p)
@@ -243,16 +227,8 @@ def _update_one(p_ptr, g_ptr, m_ptr, v_ptr, c_ptr, N, BLOCK: tl.constexpr):
     _update_at(p_ptr, g_ptr, m_ptr, v_ptr, None, c_ptr, at, mask, True)
 
 
-def tensor_by_tensor(
-    params: Tensors,
-    grads: Tensors,
-    means: Tensors,
-    squares: Tensors,
-    steps: Tensors,
-    hyper: Tensor,
-    copies: Tensors,
-    norm: Tensor,
-) -> Results:
+def tensor_by_tensor(*state: Any) -> Results:
+    params, grads, means, squares, steps, hyper, copies, norm = state
     for p, grad, m, v, step, copy in zip(params, grads, means, squares, steps, copies, strict=True):
         c, g = _coefficients(step, hyper, norm), torch.empty_like(p)
         _over(_scale, p, grad, c, g)
@@ -340,16 +316,8 @@ def _prepared(table: Tensor, hyper: Tensor, norm: Tensor) -> Tensor:
     return out
 
 
-def all_at_once(
-    params: Tensors,
-    grads: Tensors,
-    means: Tensors,
-    squares: Tensors,
-    steps: Tensors,
-    hyper: Tensor,
-    copies: Tensors,
-    norm: Tensor,
-) -> Results:
+def all_at_once(*state: Any) -> Results:
+    params, grads, means, squares, steps, hyper, copies, norm = state
     scaled = [torch.empty_like(p) for p in params]
     rows = _rows(params, grads, means, squares, steps, copies, scaled)
     table, chunks = _table(rows, BLOCK, hyper.device)
@@ -380,16 +348,8 @@ def _update_in_one_pass(
 
 
 def one_pass(*, wide: bool) -> Callable[..., Results]:
-    def run(
-        params: Tensors,
-        grads: Tensors,
-        means: Tensors,
-        squares: Tensors,
-        steps: Tensors,
-        hyper: Tensor,
-        copies: Tensors,
-        norm: Tensor,
-    ) -> Results:
+    def run(*state: Any) -> Results:
+        params, grads, means, squares, steps, hyper, copies, norm = state
         rows = _rows(params, grads, means, squares, steps, copies, params)
         table, chunks = _table(rows, BLOCK, hyper.device)
         launch(
@@ -408,16 +368,8 @@ def one_pass(*, wide: bool) -> Callable[..., Results]:
 # -- 6. shipped ----------------------------------------------------------------------------------------------
 
 
-def shipped(
-    params: Tensors,
-    grads: Tensors,
-    means: Tensors,
-    squares: Tensors,
-    steps: Tensors,
-    hyper: Tensor,
-    copies: Tensors,
-    norm: Tensor,
-) -> Results:
+def shipped(*state: Any) -> Results:
+    params, grads, means, squares, steps, hyper, copies, norm = state
     groups = [0] * len(params)
     options = (norm, MAX_NORM, None, None, None)
     adamw__forward(params, grads, means, squares, steps, copies, hyper, groups, *options)
@@ -431,17 +383,9 @@ def cpu_torch(**how: bool) -> Callable[..., Results]:
     """`torch.optim.AdamW` in one of its forms, with the clipping before and the copy after it."""
     from torch.optim.adamw import adamw
 
-    def run(
-        params: Tensors,
-        grads: Tensors,
-        means: Tensors,
-        squares: Tensors,
-        steps: Tensors,
-        hyper: Tensor,
-        copies: Tensors,
-        norm: Tensor,
-    ) -> Results:
-        lr, beta1, beta2, eps, decay = HYPER[0]
+    def run(*state: Any) -> Results:
+        params, grads, means, squares, steps, hyper, copies, norm = state
+        lr, beta1, beta2, eps, decay = hyper[0].tolist()
         clip = (MAX_NORM / (norm + 1e-6)).clamp(max=1.0)
         scaled = [grad * clip for grad in grads]
         adamw(
@@ -462,16 +406,8 @@ def cpu_torch(**how: bool) -> Callable[..., Results]:
     return run
 
 
-def cpu_shipped(
-    params: Tensors,
-    grads: Tensors,
-    means: Tensors,
-    squares: Tensors,
-    steps: Tensors,
-    hyper: Tensor,
-    copies: Tensors,
-    norm: Tensor,
-) -> Results:
+def cpu_shipped(*state: Any) -> Results:
+    params, grads, means, squares, steps, hyper, copies, norm = state
     groups = [0] * len(params)
     options = (norm, MAX_NORM, None, None, None)
     torch.ops.fastgpt_native.adamw__forward(
