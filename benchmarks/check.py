@@ -84,6 +84,23 @@ class Oracle:
     """Of each result, the norms of eager's error."""
     rows: int
 
+    @classmethod
+    def of(
+        cls,
+        inputs: Inputs,
+        cotangents: list[Tensor],
+        exact: list[Tensor],
+        usual: Sequence[Tensor],
+        rows: int,
+    ) -> Oracle:
+        """From the results of the reference in float64, and those of eager in the dtype of the inputs."""
+        sizes = [[_norm(x.double(), norm) for norm in NORMS] for x in exact]
+        errors = [
+            [_norm(x.double() - y.double(), norm) for norm in NORMS]
+            for x, y in zip(usual, exact, strict=True)
+        ]
+        return cls(inputs, cotangents, exact, sizes, errors, rows)
+
     def verify(self, actual: Sequence[Tensor], unit: float) -> None:
         """
         Raises:
@@ -128,11 +145,7 @@ def oracle_for(workload: Workload, sizes: Sizes, dtype: torch.dtype, device: tor
 
     exact = results(workload, eager, to_float64(inputs), cotangents)
     usual = results(workload, eager, inputs, cotangents)
-    norms = [[_norm(x.double(), norm) for norm in NORMS] for x in exact]
-    errors = [
-        [_norm(x.double() - y.double(), norm) for norm in NORMS] for x, y in zip(usual, exact, strict=True)
-    ]
-    return Oracle(inputs, cotangents, exact, norms, errors, sizes.rows)
+    return Oracle.of(inputs, cotangents, exact, usual, sizes.rows)
 
 
 def few_rows(sizes: Sizes, workload: Workload) -> Sizes:

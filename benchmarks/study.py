@@ -13,7 +13,7 @@ from fastgpt.config import TrainConfig
 from fastgpt.errors import InputError
 from fastgpt.runtime import environment, resolve_device
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent  # of the checkout, wherever this module was imported from
 
 
 def judged_at_the_end(config: TrainConfig, steps: int) -> TrainConfig:
@@ -56,10 +56,15 @@ def append_rows(path: Path, fields: Sequence[str], rows: Sequence[dict[str, Any]
         writer.writerows(rows)
 
 
+def record_path(machine: str, name: str) -> Path:
+    """Where `record` writes."""
+    return ROOT / "benchmarks" / "results" / machine / f"{name}.json"
+
+
 def record(machine: str, name: str, **found: Any) -> None:
-    """Write what was measured, and where, to results/MACHINE/NAME.json."""
+    """Write what was measured, and where, to benchmarks/results/MACHINE/NAME.json."""
     where = environment(resolve_device("cpu"))
     del where["command"]  # it names places on this machine
-    path = ROOT / "benchmarks" / "results" / machine / f"{name}.json"
+    path = record_path(machine, name)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"kind": "measured", "environment": where, **found}, indent=1) + "\n")

@@ -23,8 +23,6 @@ from torch.nn.parallel import DistributedDataParallel
 from fastgpt import runtime
 from fastgpt.errors import InputError, TrainingStopped
 
-RESUME = "--resume continues from the last checkpoint"  # what to do when a process of a training is lost
-
 
 @dataclass(frozen=True)
 class World:

@@ -126,13 +126,13 @@ def whole_model(model: GPT, world: World, *, everywhere: bool = False) -> GPT:
     if not is_split(model):
         return model
     keep = everywhere or world.main
-    weights = {name: whole(value, keep=keep).to(world.device) for name, value in model.state_dict().items()}
+    weights = {name: whole(value, keep=keep) for name, value in model.state_dict().items()}
     if not keep:
         return model
     with torch.device("meta"):
         copy = GPT(model.config)
     copy.load_state_dict(weights, assign=True)
-    return copy
+    return copy.to(world.device)
 
 
 def save_shards(folder: Path, tensors: dict[str, Tensor]) -> None:

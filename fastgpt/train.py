@@ -325,7 +325,8 @@ def train(config: TrainConfig) -> Trainer:
     """
     if config.out_dir is None:
         raise InputError("out_dir is not set: name the folder for the run")
-    with distributed.joined(config.device, config.timeout_minutes, distributed.RESUME) as world:
+    advice = "--resume continues from the last checkpoint"
+    with distributed.joined(config.device, config.timeout_minutes, advice) as world:
         if world.device.type == "cpu":
             runtime.keep_freed_memory()
         out_dir = world.from_main(config.out_dir)  # its name may hold the time

@@ -368,12 +368,16 @@ def one_pass(*, wide: bool) -> Callable[..., Results]:
 # -- 6. shipped ----------------------------------------------------------------------------------------------
 
 
-def shipped(*state: Any) -> Results:
-    params, grads, means, squares, steps, hyper, copies, norm = state
-    groups = [0] * len(params)
-    options = (norm, MAX_NORM, None, None, None)
-    adamw__forward(params, grads, means, squares, steps, copies, hyper, groups, *options)
-    return params, means, squares, steps, copies
+def shipped(kernel: Callable[..., None]) -> Callable[..., Results]:
+    """By the kernel that is shipped for a device."""
+
+    def run(*state: Any) -> Results:
+        params, grads, means, squares, steps, hyper, copies, norm = state
+        options = ([0] * len(params), norm, MAX_NORM, None, None, None)
+        kernel(params, grads, means, squares, steps, copies, hyper, *options)
+        return params, means, squares, steps, copies
+
+    return run
 
 
 # -- on a CPU ------------------------------------------------------------------------------------------------
@@ -406,14 +410,8 @@ def cpu_torch(**how: bool) -> Callable[..., Results]:
     return run
 
 
-def cpu_shipped(*state: Any) -> Results:
-    params, grads, means, squares, steps, hyper, copies, norm = state
-    groups = [0] * len(params)
-    options = (norm, MAX_NORM, None, None, None)
-    torch.ops.fastgpt_native.adamw__forward(
-        params, grads, means, squares, steps, copies, hyper, groups, *options
-    )
-    return params, means, squares, steps, copies
+def _native(*args: Any) -> None:
+    torch.ops.fastgpt_native.adamw__forward(*args)
 
 
 # -- the study -----------------------------------------------------------------------------------------------
@@ -523,8 +521,8 @@ STUDY = Study(
                 launches=2,
                 cpu=1.4,
             ),
-            shipped,
-            cpu_shipped,
+            shipped(adamw__forward),
+            shipped(_native),
             "native, C++",
             work=_work,
         ),

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fastgpt.benchmarks.cases import copy_of, tensors_of, to_float64
-from fastgpt.benchmarks.check import NORMS, Oracle, Wrong
-from fastgpt.benchmarks.studies.study import Run, Size, Study, dtype_of, elements
+from fastgpt.benchmarks.check import Oracle, Wrong
+from fastgpt.benchmarks.studies.study import Run, Size, Study
 
 
 def interpreted() -> bool:
@@ -61,9 +61,7 @@ def check_on_cpu(study: Study, size: Size) -> None:
     usual = _results(study.reference, inputs)
     for name, run in study.on_cpu().items():
         with _named(name):
-            oracle.verify_like(
-                _results(run, inputs), usual, torch.finfo(dtype_of(inputs)).eps, elements(inputs)
-            )
+            oracle.verify_like(_results(run, inputs), usual, _unit(inputs), _elements(inputs))
 
 
 def _inputs(study: Study, size: Size, device: torch.device) -> list[Any]:
@@ -75,15 +73,13 @@ def _inputs(study: Study, size: Size, device: torch.device) -> list[Any]:
 def _oracle(study: Study, inputs: list[Any]) -> Oracle:
     exact = _results(study.reference, to_float64(inputs))
     usual = _results(study.reference, inputs)
-    sizes = [[_norm(x, norm) for norm in NORMS] for x in exact]
-    errors = [[_norm(x.double() - y, norm) for norm in NORMS] for x, y in zip(usual, exact, strict=True)]
-    return Oracle(inputs, [], exact, sizes, errors, elements(inputs))
+    return Oracle.of(inputs, [], exact, usual, _elements(inputs))
 
 
 def _judged(oracle: Oracle, name: str, run: Run, inputs: list[Any]) -> list[Tensor]:
     with _named(name), _poisoned():
         results = _results(run, inputs)
-        oracle.verify(results, torch.finfo(dtype_of(inputs)).eps)
+        oracle.verify(results, _unit(inputs))
     return results
 
 
@@ -92,8 +88,14 @@ def _results(run: Run, inputs: Sequence[Any]) -> list[Tensor]:
     return [x.detach() for x in tensors_of(run(*copy_of(list(inputs), gradients=False)))]
 
 
-def _norm(x: Tensor, norm: float) -> float:
-    return float(torch.linalg.vector_norm(x.double(), norm))
+def _elements(inputs: Sequence[Any]) -> int:
+    """How many numbers there are in all of them."""
+    return sum(x.numel() for x in tensors_of(inputs))
+
+
+def _unit(inputs: Sequence[Any]) -> float:
+    """Of the dtype of the first tensor of floating point numbers."""
+    return torch.finfo(next(x.dtype for x in tensors_of(inputs) if x.is_floating_point())).eps
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fastgpt import ops
 from fastgpt.benchmarks.studies.run import main
-from fastgpt.benchmarks.studies.study import Again, Prediction, Size, Step, Study
+from fastgpt.benchmarks.studies.study import Again, Prediction, Size, Step, Study, slices
 from fastgpt.benchmarks.timing import random_tensor
 from fastgpt.inspect.bounds import Work
 from fastgpt.inspect.shipped import Call
@@ -207,8 +207,10 @@ def _both(
     _write_gradient(row_ptr, dlogits_ptr + row * V, y, m, t, g, V, S, True, BLOCK)
 
 
-def one_kernel(kernel: Any, blocks: Callable[[int], tuple[int, int]]) -> Callable[..., Results]:
-    """`blocks`: from the columns of a row those of a block, and the warps."""
+def one_kernel(
+    kernel: Any, blocks: Callable[[int], tuple[int, int]], *, grouped: bool = False
+) -> Callable[..., Results]:
+    """`blocks`: from the columns of a row those of a block, and the warps. `grouped`: by 16 bytes."""
 
     def run(logits: Tensor, targets: Tensor, S: int) -> Results:
         rows, width = logits.shape
@@ -216,7 +218,8 @@ def one_kernel(kernel: Any, blocks: Callable[[int], tuple[int, int]]) -> Callabl
         losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
         dlogits, count = torch.empty_like(logits), count_rows(targets, IGNORED)
         args = (logits, targets, count, losses, dlogits, width, S)
-        launch(kernel, (rows,), *args, BLOCK=block, num_warps=warps)
+        group = {"GROUP": 16 // logits.element_size()} if grouped else {}
+        launch(kernel, (rows,), *args, BLOCK=block, **group, num_warps=warps)
         return sum_losses(losses, count), dlogits
 
     return run
@@ -290,16 +293,6 @@ def _lanes(
         tl.store(dlogits_ptr + row * V + cols, dl, cols < V)
 
 
-def lanes(logits: Tensor, targets: Tensor, S: int) -> Results:
-    rows, width = logits.shape
-    block, warps = WIDE
-    losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
-    dlogits, count = torch.empty_like(logits), count_rows(targets, IGNORED)
-    args = (logits, targets, count, losses, dlogits, width, S)
-    launch(_lanes, (rows,), *args, BLOCK=block, GROUP=16 // logits.element_size(), num_warps=warps)
-    return sum_losses(losses, count), dlogits
-
-
 # -- 9 -------------------------------------------------------------------------------------------------------
 
 
@@ -314,10 +307,10 @@ def shipped(logits: Tensor, targets: Tensor, S: int) -> Results:
 def cpu_two_sweeps(logits: Tensor, targets: Tensor, S: int) -> Results:
     """lse by few rows at a time, then the gradient by few rows at a time: no log-probabilities of all."""
     lse = torch.empty(len(logits))
-    for rows in _few(len(logits)):
+    for rows in slices(len(logits), ROWS_AT_A_TIME):
         lse[rows] = logits[rows, :S].logsumexp(1)
     dlogits = torch.zeros_like(logits)
-    for rows in _few(len(logits)):
+    for rows in slices(len(logits), ROWS_AT_A_TIME):
         _cpu_gradient(logits[rows, :S], targets[rows], lse[rows], dlogits[rows, :S], len(logits))
     return (lse - logits.gather(1, targets[:, None])[:, 0]).mean(), dlogits
 
@@ -327,7 +320,7 @@ def cpu_one_sweep(logits: Tensor, targets: Tensor, S: int) -> Results:
     lse = torch.empty(len(logits))
     dlogits = torch.empty_like(logits)
     dlogits[:, S:] = 0.0
-    for rows in _few(len(logits)):
+    for rows in slices(len(logits), ROWS_AT_A_TIME):
         lse[rows] = logits[rows, :S].logsumexp(1)
         _cpu_gradient(logits[rows, :S], targets[rows], lse[rows], dlogits[rows, :S], len(logits))
     return (lse - logits.gather(1, targets[:, None])[:, 0]).mean(), dlogits
@@ -337,10 +330,6 @@ def _cpu_gradient(x: Tensor, targets: Tensor, lse: Tensor, dx: Tensor, rows: int
     torch.sub(x, lse[:, None], out=dx).exp_()
     dx.scatter_add_(1, targets[:, None], torch.full((len(x), 1), -1.0))
     dx /= rows
-
-
-def _few(rows: int) -> list[slice]:
-    return [slice(first, first + ROWS_AT_A_TIME) for first in range(0, rows, ROWS_AT_A_TIME)]
 
 
 def cpu_shipped(logits: Tensor, targets: Tensor, S: int) -> Results:
@@ -475,7 +464,7 @@ STUDY = Study(
                 bytes=2 * PASS,
                 launches=3,
             ),
-            lanes,
+            one_kernel(_lanes, lambda width: WIDE, grouped=True),
         ),
         _step(
             "the second look in reverse",

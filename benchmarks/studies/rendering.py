@@ -12,12 +12,12 @@ import triton
 
 from fastgpt.benchmarks.studies.microscope import Seen
 from fastgpt.benchmarks.studies.study import LAUNCH_S, Study
+from fastgpt.benchmarks.study import ROOT, record_path
 from fastgpt.benchmarks.timing import Timing
 from fastgpt.errors import InputError
 from fastgpt.inspect import sass
 from fastgpt.inspect.report import Analysis
 
-ROOT = Path(__file__).resolve().parents[2]  # of the checkout, wherever this module was imported from
 COMPUTED, MEASURED = "computed", "measured"
 
 
@@ -105,13 +105,13 @@ def number_of(value: float | None) -> str:
 # -- measured ------------------------------------------------------------------------------------------------
 
 
-def timings(study: Study, found: Mapping[str, Timing]) -> list[dict[str, Any]]:
+def timings(found: Mapping[str, Timing]) -> list[dict[str, Any]]:
     """Of each contender what a record keeps: microseconds, and times the first one's speed."""
     return [{"step": name, **found[name].fields()} for name in found]
 
 
 def record_of(study: Study, machine: str) -> Path:
-    return ROOT / "benchmarks" / "results" / machine / f"study-{study.name}.json"
+    return record_path(machine, f"study-{study.name}")
 
 
 def measured(study: Study, rows: Sequence[Mapping[str, Any]], where: str) -> str:

@@ -21,7 +21,7 @@ from fastgpt.benchmarks.studies.check import check_on_cpu, check_steps, interpre
 from fastgpt.benchmarks.studies.microscope import Seen, look
 from fastgpt.benchmarks.studies.study import Size, Study
 from fastgpt.benchmarks.study import record
-from fastgpt.benchmarks.timing import CONTROL, Timing, measure, working
+from fastgpt.benchmarks.timing import Timing, measure, working
 from fastgpt.chips import chip
 from fastgpt.errors import InputError
 from fastgpt.inspect.report import text
@@ -123,7 +123,7 @@ def _measure(study: Study, given: Args, gpu: bool) -> None:
         found = _timed(study, given, cpu)
         where = f"{torch.get_num_threads()} threads of {device_name(cpu)}, torch {torch.__version__}"
     where = f"{where}, {given.rounds} rounds, {'small inputs' if given.size == 'small' else 'fp32'}"
-    rows = rendering.timings(study, found)
+    rows = rendering.timings(found)
     print(f"{rendering.measured(study, rows, where)}\n")
     if given.machine is not None:
         kept = rendering.record_of(study, given.machine)
@@ -132,7 +132,7 @@ def _measure(study: Study, given: Args, gpu: bool) -> None:
         device = torch.device("cuda")
         with working(device):
             found = _timed(study, given, device)
-        rows, name = rendering.timings(study, found), device_name(device)
+        rows, name = rendering.timings(found), device_name(device)
         print(f"{rendering.measured(study, rows, f'{name}: the kernels themselves')}\n")
 
 
@@ -142,7 +142,6 @@ def _timed(study: Study, given: Args, device: torch.device) -> dict[str, Timing]
     inputs = study.inputs(given.size, device)
     runs = study.on_cpu() if device.type == "cpu" else {step.name: step.run for step in study.steps}
     calls = {name: (lambda run=run: run(*inputs)) for name, run in runs.items()}
-    found = measure(
+    return measure(
         calls, device=device, budget_s=0.0, min_rounds=given.rounds, max_rounds=given.rounds, control=False
     )
-    return {name: timing for name, timing in found.items() if name != CONTROL}

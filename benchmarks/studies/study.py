@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from fastgpt.chips import Chip
 from fastgpt.inspect.bounds import Work
@@ -121,16 +120,6 @@ def fill_limit(bytes_: float, chip: Chip) -> dict[str, float]:
     return {"sectors": bytes_ / (FILL_BYTES * chip.sms * chip.clock_hz)}
 
 
-def elements(inputs: Sequence[Any]) -> int:
-    """How many numbers there are in all of them."""
-    from fastgpt.benchmarks.cases import tensors_of
-
-    return sum(x.numel() for x in tensors_of(inputs))
-
-
-def dtype_of(inputs: Sequence[Any]) -> torch.dtype:
-    """Of the first tensor of floating point numbers."""
-    from fastgpt.benchmarks.cases import tensors_of
-
-    found: list[Tensor] = tensors_of(inputs)
-    return next(x.dtype for x in found if x.is_floating_point())
+def slices(rows: int, at_a_time: int) -> list[slice]:
+    """Of all rows, in order: what CPU forms take at a time."""
+    return [slice(first, first + at_a_time) for first in range(0, rows, at_a_time)]
