@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,8 @@ MIN_ROUNDS = 5
 # flops/s and bytes/s, of a CPU for each thread; and how often a contender is called, checks and all.
 GUESS = {"cuda": (1e13, 5e11), "cpu": (3e10, 4e9)}
 CALLS = MIN_ROUNDS + 6
+CHECK_S, COMPILE_S = 0.6, 6.0  # a case's checks and preparations, and what it takes more where it is compiled
+NO_TIME = "left out: the time was needed for other cases (a larger --budget, or --contenders compile)"
 LARGE = 0.25  # a case of more than this share of the budget comes after all others
 
 
@@ -76,6 +78,8 @@ class OpsArgs:
     """Seconds for all; the most important cases come first, and what is left out is named."""
     case_seconds: float = 1.5
     """Seconds of rounds for each case."""
+    every_case: bool = False
+    """Leave torch.compile out once the time left is what the other contenders of all other cases need."""
     out: Path = RESULTS
     """Results go to OUT/MACHINE/RUN.csv."""
     run: str | None = None
@@ -197,14 +201,14 @@ class _Suite:
         """Time the cases that are not in the file and fit the budget; returns those that did not."""
         done = {row.case for row in self.rows()}
         start, left = time.monotonic(), []
-        for case in sorted(cases, key=lambda case: self._guess(case) > LARGE * self.given.budget):
-            if self._key(case) in done:
-                continue
+        wanted = [case for case in cases if self._key(case) not in done]
+        wanted.sort(key=lambda case: self._guess(case) > LARGE * self.given.budget)
+        for number, case in enumerate(wanted):
             remaining = self.given.budget - (time.monotonic() - start)
             if remaining < self._guess(case):
                 left.append(case)
                 continue
-            rows = self._time(case)
+            rows = self._time(case, compiled=self._may_compile(wanted[number:], remaining))
             append(rows, self.path)
             print(_line(case, rows), flush=True)
             self._require_usable_device()
@@ -222,10 +226,19 @@ class _Suite:
         seconds = cost.flops / (flops * times) + cost.bytes / (bandwidth * times)
         return CALLS * (able + 1) * seconds  # eager is timed twice
 
-    def _time(self, case: Case) -> list[Row]:
+    def _may_compile(self, cases: Sequence[Case], remaining: float) -> bool:
+        """Whether the first of these cases may be compiled too, with so many seconds for all of them."""
+        if not self.given.every_case:
+            return True
+        needed = sum(self._guess(case) + self.given.case_seconds + CHECK_S for case in cases)
+        return remaining > needed + COMPILE_S
+
+    def _time(self, case: Case, *, compiled: bool) -> list[Row]:
         """A row for each contender."""
         torch.compiler.reset()  # it counts compilations of a function over all cases, and refuses after eight
         contenders = self._contenders(case)
+        if not compiled:
+            contenders = [replace(c, missing=NO_TIME) if c.compiles else c for c in contenders]
         rows = [self._row(case, c.name, "missing", c.missing) for c in contenders if c.missing]
         able = [c for c in contenders if not c.missing]
         if too_large := self._too_large(case):

@@ -6,6 +6,7 @@
 
 #include <ATen/Context.h>
 #include <ATen/ops/addmm.h>
+#include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
 #include <ATen/record_function.h>
 
@@ -26,26 +27,46 @@ namespace {
 constexpr int64_t kDepth = 256;
 constexpr int64_t kMostSlices = 16;  // each passes over the result once more
 
+// A call of oneDNN costs 11 us more than one of MKL, and slices of the operands are copied: below so many flops
+// a slice, and where one operand is a few rows that use each value of the other as often, MKL is faster.
+constexpr double kLeastFlops = 8e6;
+constexpr int64_t kLeastRows = 8;
+
+// How many of the products of one sum are added at once.
+int64_t slice_depth(const Tensor& a) { return std::max(kDepth, (a.size(1) + kMostSlices - 1) / kMostSlices); }
+
 bool dense(const Tensor& x) { return x.stride(0) == 1 || x.stride(1) == 1; }
 
-// out = a b, or out += a b, by oneDNN: false, and nothing done, where PyTorch's choice is as good.
-bool by_onednn(const Tensor& out, const Tensor& a, const Tensor& b, bool add) {
+// As PyTorch takes it without a copy of its own, which goes value by value where x lies transposed.
+Tensor contiguous_either_way(const Tensor& x) {
+  return x.stride(1) == 1 ? x.contiguous() : x.t().contiguous().t();
+}
+
+// Whether a b is a product that oneDNN makes, called here; elsewhere PyTorch's choice is as good.
+bool onednn_is_faster(const Tensor& a, const Tensor& b) {
 #if defined(FASTGPT_X86) && defined(__linux__)
-  static const bool faster = at::native::mkldnn_matmul != nullptr && at::hasMKL() && isa() >= Isa::kAvx512 &&
-                             !__builtin_cpu_is("intel");
-  if (!faster || out.scalar_type() != at::kFloat || out.numel() == 0 || a.numel() == 0 || !dense(out) ||
-      !dense(a) || !dense(b) || !at::globalContext().userEnabledMkldnn())
-    return false;
-  RECORD_FUNCTION("fastgpt::multiply", c10::ArrayRef<const c10::IValue>());  // for the profiler
-  const int64_t depth = std::max(kDepth, (a.size(1) + kMostSlices - 1) / kMostSlices);
-  for (int64_t begin = 0; begin < a.size(1); begin += depth) {
-    const int64_t end = std::min(begin + depth, a.size(1));
-    at::native::mkldnn_matmul(a.slice(1, begin, end), b.slice(0, begin, end), out,
-                              add || begin > 0 ? 1.0f : 0.0f, 1.0f);
-  }
-  return true;
+  static const bool here = at::native::mkldnn_matmul != nullptr && at::hasMKL() && isa() >= Isa::kAvx512 &&
+                           !__builtin_cpu_is("intel");
+  if (!here || a.scalar_type() != at::kFloat || !at::globalContext().userEnabledMkldnn()) return false;
+  const int64_t rows = a.size(0), columns = b.size(1);
+  return 2.0 * rows * columns * std::min(slice_depth(a), a.size(1)) >= kLeastFlops &&
+         std::min(rows, columns) >= kLeastRows && dense(a) && dense(b);
 #else
   return false;
+#endif
+}
+
+// out = a b, or out += a b.
+void by_onednn(const Tensor& out, const Tensor& a, const Tensor& b, bool add) {
+#if defined(FASTGPT_X86) && defined(__linux__)
+  RECORD_FUNCTION("fastgpt::multiply", c10::ArrayRef<const c10::IValue>());  // for the profiler
+  const int64_t depth = slice_depth(a);
+  for (int64_t begin = 0; begin < a.size(1); begin += depth) {
+    const int64_t end = std::min(begin + depth, a.size(1));
+    at::native::mkldnn_matmul(contiguous_either_way(a.slice(1, begin, end)),
+                              contiguous_either_way(b.slice(0, begin, end)), out,
+                              add || begin > 0 ? 1.0f : 0.0f, 1.0f);
+  }
 #endif
 }
 
@@ -58,7 +79,7 @@ Tensor multiply(const Tensor& a, const Tensor& b) {
 }  // namespace
 
 void multiply_into(const Tensor& out, const Tensor& a, const Tensor& b, bool add) {
-  if (by_onednn(out, a, b, add)) return;
+  if (onednn_is_faster(a, b) && dense(out)) return by_onednn(out, a, b, add);
   Tensor result = out;
   if (add)
     at::addmm_out(result, out, a, b);
@@ -67,11 +88,13 @@ void multiply_into(const Tensor& out, const Tensor& a, const Tensor& b, bool add
 }
 
 Tensor linear_product(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  const Tensor matrix = as_matrix(x);
   auto shape = x.sizes().vec();
   shape.back() = weight.size(0);
+  if (!onednn_is_faster(matrix, weight.t())) return at::linear(matrix, weight, bias).view(shape);
   const Tensor y = empty(shape, x.scalar_type()), rows = as_matrix(y);
   if (bias.has_value()) rows.copy_(bias->expand_as(rows));
-  multiply_into(rows, as_matrix(x), weight.t(), bias.has_value());
+  by_onednn(rows, matrix, weight.t(), bias.has_value());
   return y;
 }
 
