@@ -90,6 +90,14 @@ def test_a_perfect_model_has_every_answer(problems: ProblemSet, block_size: int)
     assert written == [problem.text for problem in chosen]
 
 
+def test_an_exam_captures_no_cuda_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it would ask the solver for a step to capture, which it does not have."""
+    monkeypatch.setattr("fastgpt.generate.can_capture", lambda device: True)
+    chosen = ADDITION.held_out(3)
+    model: Any = Solver(ADDITION, 12, solutions(ADDITION).__getitem__)
+    assert solve(model, ADDITION.tokenizer, chosen) == [problem.text for problem in chosen]
+
+
 def test_answers_count_by_operation_and_whatever_the_steps() -> None:
     def text(prompt: str) -> str:
         """The answer without its steps; to a difference with a 1 before it, to a product without an end."""

@@ -175,6 +175,12 @@ def test_evaluating_and_sampling_do_not_disturb_training(tiny: Tiny) -> None:
     assert all(p.grad is None for p in trainer.model.parameters())
 
 
+def test_sampling_captures_no_cuda_graph(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU a capture would be an error."""
+    monkeypatch.setattr("fastgpt.generate.can_capture", lambda device: True)
+    assert start(tiny()).sample()
+
+
 def test_a_sample_is_generated_once(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     """For TensorBoard and for whoever asks afterwards; again for other weights."""
     made: list[int] = []
