@@ -49,7 +49,7 @@ def number(value: int) -> Tensor:
 
 
 def compare(q: Tensor, cache: Tensor, length: int, **options: Any) -> None:
-    """Against attention to a cache of just that length; what is beyond is NaN, and outputs are written whole."""
+    """Against attention to a cache of just that length; beyond it is NaN, and outputs are written whole."""
     short = cache[:, :, :length].clone()
     eager = ops.causal_attention(q, *short, **options, backend="eager")
     exact = [x.cpu().double() for x in (q, *short)]
