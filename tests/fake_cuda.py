@@ -7,7 +7,7 @@ and so repeats whatever number of the host was in an argument.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -92,7 +92,6 @@ def install(patch: pytest.MonkeyPatch, *modules: str) -> FakeCuda:
     """Put one in `fastgpt.graphs`; what the named modules ask about devices is then answered with yes."""
     fake = FakeCuda()
     patch.setattr(graphs, "torch", SimpleNamespace(cuda=fake))
-    yes: Callable[[Any], bool] = lambda device: True  # noqa: E731
     for module in modules:
-        patch.setattr(f"{module}.can_capture", yes)
+        patch.setattr(f"{module}.can_capture", lambda device: True)
     return fake

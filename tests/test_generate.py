@@ -25,6 +25,7 @@ MUTANTS = {
         ("values.index_copy_(1, self.position, v", "values.index_copy_(1, 0 * self.position, v"),
         ("(q, keys, values, self.length)", "(q, keys, values, self.position)"),
     ],
+    "fastgpt/cli.py": [("graph=None if given.graph else False", "graph=None", "tests/test_cli.py")],
     "fastgpt/generate.py": [
         ("above >= top_p", "above > 1.5 * top_p"),
         ("for row, own in rows", "for row, _ in rows for own in [generator[0]]"),

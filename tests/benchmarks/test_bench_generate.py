@@ -26,7 +26,7 @@ from fastgpt.benchmarks.generate import (
 from fastgpt.config import TrainConfig
 from fastgpt.errors import InputError
 from fastgpt.generate import generate as generate_tokens
-from fastgpt.model import GPT
+from fastgpt.model import GPT, StaticCache
 from fastgpt.ops import attention, registry
 
 MUTANTS = {
@@ -34,6 +34,8 @@ MUTANTS = {
         ("self.cache.length = self.prompt.size(1)", "pass"),
         ("self.static.seek(self.prompt.size(1))", "pass"),
         ("text.size(1) > self.prompt.size(1):", "False:"),
+        ("1 if writer.static is None else 1 + WARM_UP", "1"),
+        ("can_capture(device) and implementation in rows", "can_capture(device)"),
         ("gap > 4 * self.error", "gap > 4 * self.error + 100"),
         ("p.add_(torch.randn", "0 * (torch.randn"),
     ]
@@ -120,6 +122,27 @@ def test_rows(tmp_path: Path, tiny_preset: None) -> None:
     for row, tokens in zip(rows, (16, 16, 6, 6), strict=True):
         assert row.tokens_per_s == pytest.approx(tokens / row.median_us * 1e6)
         assert row.baseline == "eager"
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_a_graph_is_a_contender_if_its_replays_are_right(
+    tmp_path: Path, tiny_preset: None, monkeypatch: pytest.MonkeyPatch, right: bool
+) -> None:
+    """Three tokens after the prompt's: as many as the steps that warm up. A position that the host counts
+    would stand still."""
+    fake_cuda.install(monkeypatch, "fastgpt.benchmarks.generate")
+    if not right:
+        seek = StaticCache.seek
+
+        def counted(self: Any, length: int) -> None:
+            self.count = length
+            seek(self, length)
+
+        monkeypatch.setattr(StaticCache, "seek", counted)
+        monkeypatch.setattr(StaticCache, "advance", lambda self: counted(self, self.count + 1))
+    status = {row.contender: row.status for row in run(tmp_path, implementations=("eager",))}
+    graph = "ok" if right else "wrong"
+    assert status == {"eager": "ok", "eager-graph": graph, "eager-without-cache": "ok"}
 
 
 def test_a_wrong_contender_is_not_timed(

@@ -29,6 +29,7 @@ MUTANTS = {
         ("if p.operation == operation]", "]"),
         ("len(problems[i].prompt) != len(problems[batch[0]].prompt)", "False"),
         ("written[i] = problems[i].prompt", "written[batch[0]] = problems[i].prompt"),
+        ("temperature=0, graph=False", "temperature=0"),
         ("model.config.block_size + 1 - idx.size(1)", "model.config.block_size - idx.size(1)"),
         ("counts = total(torch.tensor(own, dtype=torch.float64))", "counts = torch.tensor(own)"),
     ],
