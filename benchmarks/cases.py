@@ -20,6 +20,7 @@ from fastgpt.ops.adamw import norm_cost
 from fastgpt.ops.attention import cost as attention_cost
 from fastgpt.ops.choices import shape_class
 from fastgpt.ops.cross_entropy import cost as cross_entropy_cost
+from fastgpt.ops.decode_attention import cost as decode_cost
 from fastgpt.ops.dropout import cost as dropout_cost
 from fastgpt.ops.embedding import cost as embedding_cost
 from fastgpt.ops.gelu import bias_cost
@@ -218,6 +219,13 @@ def _attention_cost(sizes: Sizes, dtype: torch.dtype, backward: bool) -> Cost:
     return attention_cost(sizes.B, sizes.T, sizes.T, sizes.H, sizes.D, dtype, backward=backward)
 
 
+def _decode_inputs(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Inputs:
+    """A query for each sequence, and a cache that is full."""
+    shapes = [(sizes.B, length, sizes.H, sizes.D) for length in (1, sizes.T, sizes.T)]
+    vectors = [random_tensor(*shape, device=device, dtype=dtype) for shape in shapes]
+    return [*vectors, torch.full((1,), sizes.T, device=device)]
+
+
 def _tokens(sizes: Sizes, device: torch.device) -> Tensor:
     return torch.randint(sizes.V - PADDING, (sizes.B, sizes.T), device=device)
 
@@ -397,6 +405,15 @@ WORKLOADS = {
             check=_dropout(NO_DROPOUT_P),
         ),
         _norm("rms_norm", ops.rms_norm, rms_norm_cost, x=1, w=1),
+        Workload(
+            "decode_attention",
+            "BTCH",
+            _decode_inputs,
+            ops.decode_attention,
+            lambda sizes, dtype, backward: decode_cost(sizes.B, sizes.T, sizes.H, sizes.D, dtype),
+            elements=lambda sizes, inputs: inputs[1].numel(),
+            differentiable=False,
+        ),
     )
 }
-"""By operation, those that weigh most in a training step first."""
+"""By operation, those that weigh most in a training step first; what only writing needs is last."""

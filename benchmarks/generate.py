@@ -26,13 +26,14 @@ from fastgpt.benchmarks.train import network
 from fastgpt.config import GPTConfig, preset
 from fastgpt.errors import InputError
 from fastgpt.evaluate import evaluating
-from fastgpt.generate import choose
-from fastgpt.model import GPT, KVCache
+from fastgpt.generate import captured_decode, choose
+from fastgpt.graphs import WARM_UP, CapturedStep, can_capture
+from fastgpt.model import GPT, KVCache, StaticCache
 from fastgpt.ops.choices import shape_class
 from fastgpt.runtime import resolve_device
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-NO_CACHE = "-without-cache"
+CACHE, GRAPH, NO_CACHE = "", "-graph", "-without-cache"
 IMPLEMENTATIONS = ("eager", "native", "triton")
 
 
@@ -63,7 +64,8 @@ class GenerateArgs:
     new_tokens: int | None = None
     """Tokens to add, the first of which is prefill's; by default a quarter of the context."""
     implementations: tuple[str, ...] = ()
-    """eager, native, triton; each with a cache and without."""
+    """eager, native, triton; each with a cache and without, and on a GPU those that have a kernel for a cache
+    of fixed shape also as a CUDA graph."""
     dtype: str | None = None
     """Of the weights: float32 or bfloat16; by default float32, on a GPU bfloat16."""
     device: str = "auto"
@@ -81,29 +83,33 @@ class GenerateArgs:
 
 
 class Writer:
-    """A contender: a model that continues prompts by one implementation, with a cache or without.
+    """A contender: a model that continues prompts by one implementation.
 
     Args:
         model: used as it is, in evaluation mode.
         implementation: of the operations.
-        cached: False computes the whole text again for each token.
+        kind: CACHE; GRAPH, decoding with a cache as a CUDA graph; or NO_CACHE, which computes the whole text
+            for each token.
         prompt: (B, P) token ids.
         new_tokens: how many follow; P + new_tokens is at most the context.
     """
 
-    def __init__(
-        self, model: GPT, implementation: str, cached: bool, prompt: Tensor, new_tokens: int
-    ) -> None:
-        self.model, self.implementation, self.cached = model, implementation, cached
-        self.name = implementation + ("" if cached else NO_CACHE)
+    def __init__(self, model: GPT, implementation: str, kind: str, prompt: Tensor, new_tokens: int) -> None:
+        self.model, self.implementation, self.name = model, implementation, implementation + kind
         self.prompt, self.new_tokens = prompt, new_tokens
         self.cache: KVCache | None = None
+        self.static: StaticCache | None = None
+        if kind != NO_CACHE:
+            device, dtype = prompt.device, model.token_embedding.dtype
+            self.cache = KVCache(model.config, len(prompt), device=device, dtype=dtype)
+            if kind == GRAPH:
+                self.static = StaticCache(self.cache)
+                self.step: CapturedStep = captured_decode(model, self.static)
 
     def prefill(self) -> Tensor:
         """The token after the prompt, (B,)."""
-        if self.cached:
-            device, dtype = self.prompt.device, self.model.token_embedding.dtype
-            self.cache = KVCache(self.model.config, len(self.prompt), device=device, dtype=dtype)
+        if self.cache is not None:
+            self.cache.length = 0
         return self._next(self.prompt)
 
     def decode(self, first: Tensor) -> Tensor:
@@ -119,6 +125,7 @@ class Writer:
         (B, new_tokens)."""
         start = self.prompt.size(1)
         said = [self.prefill()]
+        self._rewind()
         said += [self._next(text[:, :end]) for end in range(start + 1, text.size(1))]
         return torch.stack(said, dim=1)
 
@@ -126,14 +133,25 @@ class Writer:
         """To the end of the prompt, whose keys and values the cache has from `prefill`."""
         if self.cache is not None:
             self.cache.length = self.prompt.size(1)
+        if self.static is not None:
+            self.static.seek(self.prompt.size(1))
 
     def _next(self, text: Tensor) -> Tensor:
         with ops.use(self.implementation), evaluating(self.model):
+            if self.static is not None and text.size(1) > self.prompt.size(1):
+                return choose(self.step(text[:, -1]), temperature=0)
             if self.cache is None:
                 x = self.model.hidden(text)
             else:
                 x = self.model.hidden(text[:, self.cache.length :], self.cache)
             return choose(self.model.logits(x[:, -1]), temperature=0)
+
+
+def kinds(implementation: str, device: torch.device) -> list[str]:
+    """The contenders of an implementation there. A graph with another's attention would not be its own."""
+    rows = {row.name for row in ops.table() if row.operation == "decode_attention"}
+    graph = can_capture(device) and implementation in rows
+    return [CACHE, *([GRAPH] if graph else []), NO_CACHE]
 
 
 class Oracle:
@@ -245,9 +263,9 @@ class _Race:
         self.new_tokens = text.size(1) - prompt
         self.shape = f"B={len(text)} P={prompt} N={self.new_tokens}"
         self.writers = [
-            Writer(model, name, cached, text[:, :prompt], self.new_tokens)
+            Writer(model, name, kind, text[:, :prompt], self.new_tokens)
             for name in implementations
-            for cached in (True, False)
+            for kind in kinds(name, text.device)
         ]
         # Tokens that a call makes or reads, which is what a rate counts.
         self.tokens = {"prefill": len(text) * prompt, "decode": len(text) * (self.new_tokens - 1)}
@@ -283,7 +301,9 @@ class _Race:
         if reason := missing(writer.implementation, self.text.device):
             return "missing", reason
         try:
-            wrong = oracle.verdict(writer.follow(self.text))
+            # Of a graph until replays have spoken, however few tokens there are.
+            said = [writer.follow(self.text) for _ in range(1 if writer.static is None else 1 + WARM_UP)]
+            wrong = next(filter(None, map(oracle.verdict, said)), None)
         except Exception as error:
             release_memory()
             return failure(error)

@@ -193,6 +193,9 @@ class SampleArgs:
     """auto, cuda, mps or cpu."""
     cache: bool = True
     """Keep keys and values of earlier tokens; without, each token costs a whole forward pass."""
+    graph: bool = True
+    """Replay the work of a token as one CUDA graph, on an NVIDIA GPU and with the cache; without, each of its
+    kernels is launched anew."""
 
 
 def sample_command(args: Sequence[str]) -> None:
@@ -226,6 +229,7 @@ def sample_command(args: Sequence[str]) -> None:
         top_k=given.top_k,
         top_p=given.top_p,
         use_cache=given.cache,
+        graph=None if given.graph else False,
     )
     for number, pieces in enumerate(samples, 1):
         if given.num_samples > 1:

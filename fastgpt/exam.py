@@ -99,8 +99,10 @@ def solve(
         prompts = np.stack([tokenizer.encode(problems[i].prompt) for i in batch]).astype(np.int64)
         idx = torch.from_numpy(prompts).to(model.token_embedding.device)  # (B, T)
         room = model.config.block_size + 1 - idx.size(1)  # the last token is written, and never read
-        tokens = until_all_ended(generate(model, idx, room, temperature=0), tokenizer.eot)  # (B, n)
-        for i, row in zip(batch, tokens.tolist(), strict=True):
+        # No CUDA graph: an exam is part of training, where other threads may use the GPU during a capture.
+        tokens = generate(model, idx, room, temperature=0, graph=False)
+        answers = until_all_ended(tokens, tokenizer.eot)  # (B, n)
+        for i, row in zip(batch, answers.tolist(), strict=True):
             end = row.index(tokenizer.eot) + 1 if tokenizer.eot in row else len(row)
             written[i] = problems[i].prompt + tokenizer.decode(row[:end])
     return written

@@ -11,7 +11,8 @@ from torch import Tensor
 from fastgpt.data.tokenizers import Tokenizer
 from fastgpt.errors import InputError
 from fastgpt.evaluate import evaluating
-from fastgpt.model import GPT, KVCache
+from fastgpt.graphs import CapturedStep, can_capture
+from fastgpt.model import GPT, KVCache, StaticCache
 
 
 def choose(
@@ -72,12 +73,13 @@ def generate(
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     vocab_size: int | None = None,
     use_cache: bool = True,
+    graph: bool | None = None,
 ) -> Iterator[Tensor]:
     """Yield one new token per sequence at a time.
 
     The model sees the last block_size tokens. Until the context is full a KV cache makes each step one row
     of work; past that every position shifts with each token, so the whole window is computed again, exactly
-    as without a cache.
+    as without a cache. On CUDA the steps with a cache are replayed as a CUDA graph, once three have run.
 
     Args:
         model: used as it is, in evaluation mode.
@@ -86,12 +88,22 @@ def generate(
         temperature, top_k, top_p, generator: as in `choose`.
         vocab_size: only ids below it, where the tokenizer has fewer than the model.
         use_cache: False computes the whole window for every token.
+        graph: False launches every step anew, on CUDA too; None is True where there are CUDA graphs.
 
     Yields:
         (B,) int64.
+
+    Raises:
+        InputError: the prompt is empty, an option is out of range, or graph is True without CUDA or a cache.
     """
     if idx.size(1) == 0:
         raise InputError("the prompt is empty: it must have at least one token")
+    if graph and not (use_cache and can_capture(idx.device)):
+        raise InputError(
+            f"graph = True on {idx.device} with use_cache = {use_cache}: CUDA graphs need an NVIDIA GPU, and "
+            "replay steps with a cache; leave graph out"
+        )
+    graph = use_cache and can_capture(idx.device) and graph is not False
     block_size = model.config.block_size
     idx = idx[:, -block_size:]
     cache = KVCache(
@@ -101,17 +113,26 @@ def generate(
         dtype=model.token_embedding.dtype,
         capacity=min(block_size, idx.size(1) + max_new_tokens),
     )
+    step: CapturedStep | None = None
     for _ in range(max_new_tokens):
         # entered anew for each token: a generator must not leave gradients off in its caller between yields
         with evaluating(model):
-            if use_cache and idx.size(1) <= block_size:
-                x = model.hidden(idx[:, cache.length :], cache)
+            if not use_cache or idx.size(1) > block_size:
+                logits = model.logits(model.hidden(idx[:, -block_size:])[:, -1])
+            elif graph and cache.length:  # the prompt is in the cache
+                step = step or captured_decode(model, StaticCache(cache))
+                logits = step(idx[:, -1])
             else:
-                x = model.hidden(idx[:, -block_size:])
-            logits = model.logits(x[:, -1])[:, :vocab_size]
+                logits = model.logits(model.hidden(idx[:, cache.length :], cache)[:, -1])
+            logits = logits[:, :vocab_size]
             token = choose(logits, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
         idx = torch.cat([idx[:, -block_size:], token[:, None]], dim=1)
         yield token
+
+
+def captured_decode(model: GPT, cache: StaticCache) -> CapturedStep:
+    """`model.decode` with that cache as a CUDA graph: a function of the token ids (B,)."""
+    return CapturedStep(lambda token: model.decode(token, cache), cache.k.device)
 
 
 def stream_text(tokenizer: Tokenizer, tokens: Iterator[Tensor]) -> Iterator[str]:
@@ -139,6 +160,7 @@ def generate_texts(
     top_k: int | None = None,
     top_p: float | None = None,
     use_cache: bool = True,
+    graph: bool | None = None,
 ) -> Iterator[Iterator[str]]:
     """Yield one continuation for each seed, computed in batches; each is the text in pieces.
 
@@ -153,7 +175,7 @@ def generate_texts(
         max_new_tokens: the longest continuation.
         seeds: one for each continuation.
         batch_size: continuations at once.
-        temperature, top_k, top_p, use_cache: as in `generate`.
+        temperature, top_k, top_p, use_cache, graph: as in `generate`.
     """
     for first in range(0, len(seeds), batch_size):
         generators = [
@@ -169,6 +191,7 @@ def generate_texts(
             generator=generators,
             vocab_size=tokenizer.vocab_size,
             use_cache=use_cache,
+            graph=graph,
         )
         if len(generators) == 1:
             yield stream_text(tokenizer, tokens)
@@ -191,11 +214,20 @@ def until_all_ended(tokens: Iterator[Tensor], eot: int | None) -> Tensor:
 
 
 def sample_text(
-    model: GPT, tokenizer: Tokenizer, prompt: str, max_new_tokens: int, *, temperature: float = 0.8, seed: int
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompt: str,
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.8,
+    seed: int,
+    graph: bool | None = None,
 ) -> str:
     """The prompt and one continuation, on the model's device, without touching the global generators."""
     idx = encode_prompt(tokenizer, prompt).to(model.token_embedding.device)
-    (pieces,) = generate_texts(model, tokenizer, idx, max_new_tokens, seeds=[seed], temperature=temperature)
+    (pieces,) = generate_texts(
+        model, tokenizer, idx, max_new_tokens, seeds=[seed], temperature=temperature, graph=graph
+    )
     return prompt + "".join(pieces)
 
 

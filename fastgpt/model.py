@@ -64,12 +64,45 @@ class KVCache:
         """Make row i of the batch what row `rows[i]` was, int64 (new B,): texts that go on differently."""
         self.k, self.v = self.k.index_select(1, rows), self.v.index_select(1, rows)
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store keys and values (B, T, H, D) after `length`; returns this layer's (B, length + T, H, D)."""
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Store a layer's k and v, (B, T, H, D), after `length`; attention of q to them and all before."""
         end = self.length + k.size(1)
         self.k[layer, :, self.length : end] = k
         self.v[layer, :, self.length : end] = v
-        return self.k[layer, :, :end], self.v[layer, :, :end]
+        return ops.causal_attention(q, self.k[layer, :, :end], self.v[layer, :, :end])
+
+
+class StaticCache:
+    """The tensors of a KVCache, to which `GPT.decode` adds a token at a place that only the device knows.
+
+    A step then depends on no number of the host and no shape that changes: a CUDA graph can replay it.
+
+    Args:
+        cache: its `length` stays what it is. How many tokens still fit, the caller has to count.
+    """
+
+    def __init__(self, cache: KVCache) -> None:
+        self.k, self.v = cache.k, cache.v
+        places = torch.tensor([cache.length, cache.length + 1], device=cache.k.device)
+        self._places = places  # in one tensor: one addition moves both
+        self.position, self.length = places[:1], places[1:]  # of the next token; of the text with it
+
+    def seek(self, length: int) -> None:
+        """Go on after the first `length` tokens."""
+        self._places.copy_(torch.tensor([length, length + 1]))
+
+    def advance(self) -> None:
+        self._places.add_(1)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """As KVCache's, for one token: (B, 1, H, D) each."""
+        keys, values = self.k[layer], self.v[layer]
+        keys.index_copy_(1, self.position, k.to(keys.dtype))
+        values.index_copy_(1, self.position, v.to(values.dtype))
+        return ops.decode_attention(q, keys, values, self.length)
+
+
+Cache = KVCache | StaticCache
 
 
 class LayerNorm(nn.Module):
@@ -127,7 +160,7 @@ class Attention(nn.Module):
         if config.qk_norm:
             self.q_norm, self.k_norm = RMSNorm(config.head_size), RMSNorm(config.head_size)
 
-    def forward(self, x: Tensor, rotation: Rotation | None, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, rotation: Rotation | None, cache: Cache | None) -> Tensor:
         B, T, C = x.shape
         qkv = _linear(self.c_attn, x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
         dropout_p = self.dropout if self.training else 0.0
@@ -140,8 +173,9 @@ class Attention(nn.Module):
             if rotation is not None:
                 q, k = rotation(q), rotation(k)
             if cache is not None:
-                k, v = cache.append(self.layer, k, v)  # (B, length + T, H, D)
-            y = ops.causal_attention(q, k, v, dropout_p=dropout_p)
+                y = cache.attend(self.layer, q, k, v)
+            else:
+                y = ops.causal_attention(q, k, v, dropout_p=dropout_p)
         return _linear(self.c_proj, y.view(B, T, C))
 
 
@@ -194,7 +228,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, branch: Tensor | None, x: Tensor, rotation: Rotation | None, cache: KVCache | None
+        self, branch: Tensor | None, x: Tensor, rotation: Rotation | None, cache: Cache | None
     ) -> tuple[Tensor, Tensor]:
         dropout = self.dropout if self.training else 0.0
         if branch is None:
@@ -295,14 +329,39 @@ class GPT(nn.Module):
                 f"{start + idx.size(1)} tokens do not fit in block_size = {self.config.block_size}: "
                 f"pass the last {self.config.block_size} at most"
             )
-        dropout = self.config.dropout if self.training else 0.0
         rotation: Rotation | None = None
         if self.config.position == "learned":
             x = ops.embedding(idx, self.token_embedding, self.transformer.wpe.weight, start=start)
         else:
             x = F.embedding(idx, self.token_embedding)
             rotation = Rotation(start, idx.size(1), self.config.head_size, like=x)
-        x = F.dropout(x, dropout)  # (B, T, C)
+        x = self._blocks(x, rotation, cache)
+        if cache is not None:
+            cache.length += idx.size(1)
+        return x
+
+    def decode(self, token: Tensor, cache: StaticCache) -> Tensor:
+        """The logits (B, vocab_size) after one more token, ids (B,), which the cache then holds.
+
+        The host waits for nothing, so that a CUDA graph can capture it; nor does it look at how much has been
+        written: there are no more than `block_size` positions.
+        """
+        idx = token[:, None]
+        rotation: Rotation | None = None
+        if self.config.position == "learned":
+            here = self.transformer.wpe.weight.index_select(0, cache.position)  # (1, C)
+            x = ops.embedding(idx, self.token_embedding, here)
+        else:
+            x = F.embedding(idx, self.token_embedding)
+            rotation = Rotation(cache.position, 1, self.config.head_size, like=x)
+        x = self._blocks(x, rotation, cache)
+        cache.advance()
+        return self.logits(x[:, -1])
+
+    def _blocks(self, x: Tensor, rotation: Rotation | None, cache: Cache | None) -> Tensor:
+        """From the embedded tokens to the normalised residual stream, (B, T, C) both."""
+        dropout = self.config.dropout if self.training else 0.0
+        x = F.dropout(x, dropout)
         branch: Tensor | None = None
         for block in self.transformer.h:
             if self.recompute_blocks and torch.is_grad_enabled():
@@ -310,8 +369,6 @@ class GPT(nn.Module):
             else:
                 branch, x = block(branch, x, rotation, cache)
         assert branch is not None  # n_layer >= 1
-        if cache is not None:
-            cache.length += idx.size(1)
         return self.transformer.ln_f.add(branch, x, dropout)[0]
 
     def logits(self, x: Tensor) -> Tensor:

@@ -28,16 +28,16 @@ class Rotation:
     tuples and dataclasses too, which is why this is neither.
 
     Args:
-        start: the first position.
+        start: the first position, a number or int64 (1,) on the device of `like`.
         length: how many, T.
         head_size: D, even.
         like: a tensor of the network's device and dtype.
     """
 
-    def __init__(self, start: int, length: int, head_size: int, like: Tensor) -> None:
+    def __init__(self, start: int | Tensor, length: int, head_size: int, like: Tensor) -> None:
         dtype = torch.promote_types(like.dtype, torch.float32)
         channels = torch.arange(0, head_size, 2, device=like.device, dtype=dtype)
-        positions = torch.arange(start, start + length, device=like.device, dtype=dtype)
+        positions = start + torch.arange(length, device=like.device, dtype=dtype)
         angles = positions[:, None, None] * BASE ** (-channels / head_size)  # (T, 1, D/2)
         self.cos, self.sin = angles.cos(), angles.sin()
 

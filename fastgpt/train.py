@@ -309,7 +309,10 @@ class Trainer:
             elif self.exam and not prompt:
                 self._sample = self.exam.show(model)
             else:
-                self._sample = sample_text(model, self.data.tokenizer, prompt, length, seed=config.seed)
+                # No CUDA graph: a run is not to end because other threads use the GPU during a capture.
+                self._sample = sample_text(
+                    model, self.data.tokenizer, prompt, length, seed=config.seed, graph=False
+                )
         return self._sample
 
 

@@ -30,6 +30,10 @@ Few queries against many keys (decoding) leave most of a chip idle in that schem
 share of the keys and writes its m, total and o, and a second kernel adds up the shares, in order:
 
     m = max_s m_s,   total = sum_s 2^(m_s - m) total_s,   o = sum_s 2^(m_s - m) o_s / total
+
+`decode_attention` has the number of keys on the device: the shares are those of a full cache, so that the
+launch is the same for every token and can be replayed. A share past the number reads no keys, and leaves
+m = -inf and total = 0, which add nothing.
 """
 
 from __future__ import annotations
@@ -165,6 +169,7 @@ def _attention_forward(
     parts_ptr,
     stats_ptr,
     seed_ptr,
+    length_ptr,
     q_batch_stride,
     q_stride,
     q_head_stride,
@@ -190,6 +195,8 @@ def _attention_forward(
     WINDOWED: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
+    if length_ptr is not None:
+        Tk = tl.load(length_ptr).to(tl.int32)
     blocks = tl.cdiv(Tq, QUERIES)
     bh = tl.program_id(0) // blocks
     b, h = bh // H, bh % H
@@ -293,6 +300,24 @@ def attention_forward(
     window: int | None,
 ) -> tuple[Tensor, Tensor]:
     """(o, lse); q alone is packed qkv."""
+    return _forward(q, k, v, seed, None, dropout_p, scale, window)
+
+
+def decode_attention_forward(q: Tensor, k: Tensor, v: Tensor, length: Tensor, scale: float | None) -> Tensor:
+    return _forward(q, k, v, None, length, 0.0, scale, None)[0]
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    seed: Tensor | None,
+    length: Tensor | None,
+    dropout_p: float,
+    scale: float | None,
+    window: int | None,
+) -> tuple[Tensor, Tensor]:
+    """With a `length` on the device, only so many of the Tk keys count; the launch depends on Tk alone."""
     q, k, v = split_packed(q, k, v)
     B, Tq, H, D = q.shape
     Tk = k.shape[1]
@@ -331,7 +356,7 @@ def attention_forward(
     launch(
         _attention_forward,
         (B * H * triton.cdiv(Tq, config.rows), splits),
-        *(q, k, v, o, lse, parts, stats, seed),
+        *(q, k, v, o, lse, parts, stats, seed, length),
         *(*strides(q), *strides(k), *strides(v)),
         *(B * H, H, Tq, Tk, window, begin, share, D**-0.5 if scale is None else scale, dropout_p),
         D=D,
@@ -367,9 +392,12 @@ def examples() -> list[Example]:
             "_attention_backward_queries": cores,
             "_attention_backward_keys": cores,
         },
-        ("decode", 64, bf16, False, False): {
-            "_attention_forward": ("vector_load",),
-            "_attention_combine": ("vector_load",),
+        **{
+            (direction, 64, bf16, False, False): {
+                "_attention_forward": ("vector_load",),
+                "_attention_combine": ("vector_load",),
+            }
+            for direction in ("decode", "static")
         },
     }
     # What GPT-2 launches on each chip, and of the rest what is nearest to a spill, on one.
@@ -384,7 +412,7 @@ def examples() -> list[Example]:
     }
     found = []
     cases = itertools.product(
-        ("forward", "backward", "decode"),
+        ("forward", "backward", "decode", "static"),
         (16, 32, 48, 64, 80, 128, 160, 256),
         (bf16, torch.float16, fp32),
         (False, True),
@@ -396,6 +424,8 @@ def examples() -> list[Example]:
             continue  # bf16 with another instruction for a product and a conversion
         if width == 32 and dtype != fp32:
             continue  # no choice of its own
+        if direction == "static" and (dropout or windowed):
+            continue  # it has neither
         name = f"{direction} {width} {str(dtype).removeprefix('torch.')}"
         found.append(
             Example(
@@ -410,7 +440,7 @@ def examples() -> list[Example]:
 
 
 def _example(direction: str, width: int, dtype: torch.dtype, dropout: bool, windowed: bool) -> Any:
-    """GPT-2's smallest, but for the width; decoding with a cache."""
+    """GPT-2's smallest, but for the width; decoding with a cache, also one that a CUDA graph can read."""
     qkv, o = meta(8, 1024, 3, 12, width, dtype=dtype), meta(8, 1024, 12, width, dtype=dtype)
     seed = meta(1, dtype=torch.int64) if dropout else None
     options = (seed, 0.1 if dropout else 0.0, None, 256 if windowed else None)
@@ -419,4 +449,6 @@ def _example(direction: str, width: int, dtype: torch.dtype, dropout: bool, wind
     if direction == "backward":
         lse = meta(8, 12, 1024, dtype=torch.float32)
         return attention_backward(o, qkv, None, None, o, lse, *options)
+    if direction == "static":
+        return decode_attention_forward(qkv[:, :1, 0], o, o, meta(1, dtype=torch.int64), None)
     return attention_forward(qkv[:, :1, 0], o, o, *options)

@@ -95,13 +95,19 @@ def test_what_to_try_can_be_pasted(
     assert program() == expected
 
 
-def test_sampling(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sampling(run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def sample(*options: str) -> str:
         assert main(["sample", str(run), "--max-new-tokens", "40", *options]) == 0
         return capsys.readouterr().out
 
     greedy = sample("--prompt", "a", "--temperature", "0")
     assert greedy == sample("--prompt", "a", "--temperature", "0", "--no-cache")
+    with monkeypatch.context() as patch:  # a capture is an error without a GPU
+        patch.setattr("fastgpt.generate.can_capture", lambda device: True)
+        assert greedy == sample("--prompt", "a", "--temperature", "0", "--no-graph")
+        with pytest.raises(Exception, match="(?i)cuda|nvidia"):
+            sample("--prompt", "a", "--temperature", "0")
+        capsys.readouterr()
     assert greedy.startswith("a")
     assert len(greedy) == 1 + 40 + 1  # prompt, sample, newline
     assert sample("--seed", "1") == sample("--seed", "1") != sample("--seed", "2")

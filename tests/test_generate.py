@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import fake_cuda
 import pytest
 import torch
 
@@ -12,14 +13,29 @@ from fastgpt.data import ByteTokenizer, CharTokenizer, GPT2Tokenizer
 from fastgpt.data.tokenizers import Tokenizer
 from fastgpt.errors import InputError
 from fastgpt.generate import choose, encode_prompt, generate, generate_texts, sample_text, stream_text
+from fastgpt.graphs import WARM_UP
 
 MUTANTS = {
-    "fastgpt/model.py": [("start = 0 if cache is None else cache.length", "start = 0")],
+    "fastgpt/model.py": [
+        ("start = 0 if cache is None else cache.length", "start = 0"),
+        ("index_select(0, cache.position)", "index_select(0, cache.length)"),
+        ("        cache.advance()\n", ""),
+        ("self._places.add_(1)", "self._places += int(self._places[0] < 9)"),
+        ("keys.index_copy_(1, self.position, k", "keys.index_copy_(1, self.length, k"),
+        ("values.index_copy_(1, self.position, v", "values.index_copy_(1, 0 * self.position, v"),
+        ("(q, keys, values, self.length)", "(q, keys, values, self.position)"),
+    ],
+    "fastgpt/cli.py": [("graph=None if given.graph else False", "graph=None", "tests/test_cli.py")],
     "fastgpt/generate.py": [
         ("above >= top_p", "above > 1.5 * top_p"),
         ("for row, own in rows", "for row, _ in rows for own in [generator[0]]"),
         ("if ended.all():", "if ended.any():"),
-        ("model.logits(x[:, -1])[:, :vocab_size]", "model.logits(x[:, -1])"),
+        ("logits = logits[:, :vocab_size]", "pass"),
+        ("step = step or captured_decode", "step = captured_decode"),
+        ("logits = step(idx[:, -1])", "logits = step(idx[:, 0])"),
+        ("idx.size(1) > block_size:\n", "idx.size(1) >= block_size:\n"),
+        ("and graph is not False", ""),
+        ("graph=graph,\n        )\n        if", ")\n        if"),
     ],
 }
 
@@ -51,6 +67,52 @@ def test_cache_gives_the_same_tokens_past_the_block_size(
     plain = run(model, prompt, 40, temperature=temperature, use_cache=False)
     assert torch.equal(cached, plain)
     assert cached.unique().numel() > 5  # not some fixed point that any bug would reach too
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> fake_cuda.FakeCuda:
+    return fake_cuda.install(monkeypatch, "fastgpt.generate")
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(("batch", "prompt_length"), [(1, 1), (3, 1), (3, 5), (1, 13), (3, 16), (3, 23)])
+def test_a_graph_writes_the_same_tokens_past_the_block_size(
+    model: GPT, cuda: fake_cuda.FakeCuda, temperature: float, batch: int, prompt_length: int
+) -> None:
+    """The prompt as ever; three steps and a capture, which writes nothing; replays up to the full context."""
+    prompt = torch.randint(65, (batch, prompt_length), generator=torch.Generator().manual_seed(2))
+    graph = run(model, prompt, 40, temperature=temperature)
+    plain = run(model, prompt, 40, temperature=temperature, graph=False)
+    assert torch.equal(graph, plain)
+    assert graph.unique().numel() > 3
+    steps = max(16 - prompt_length, 0)  # after the prompt, until the context is full
+    waits, replays = 2 * min(steps, WARM_UP), max(steps - WARM_UP, 0)
+    assert cuda.log == ["wait"] * waits + ["capture"] * (replays > 0) + ["replay"] * replays
+
+
+def test_a_short_text_needs_no_more_than_it_has(model: GPT, cuda: fake_cuda.FakeCuda) -> None:
+    """The cache has a place for all that is read again and no more; one token needs no step at all."""
+    prompt = torch.tensor([[3, 1, 4]])
+    assert torch.equal(run(model, prompt, 8), run(model, prompt, 8, use_cache=False))
+    assert cuda.log.count("replay") == 7 - WARM_UP
+    cuda.log.clear()
+    run(model, prompt, 1)
+    assert cuda.log == []
+
+
+def test_nothing_is_captured_where_it_is_not_wanted(model: GPT, cuda: fake_cuda.FakeCuda) -> None:
+    for options in ({"graph": False}, {"use_cache": False}):
+        run(model, torch.tensor([[3, 1, 4]]), 12, **options)
+    texts(model, seeds=[1], graph=False)
+    assert cuda.log == []
+    texts(model, seeds=[1])
+    assert "replay" in cuda.log
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_graph_that_cannot_be_is_refused(model: GPT, use_cache: bool) -> None:
+    with pytest.raises(InputError, match="graph = True on cpu .* CUDA graphs need an NVIDIA GPU"):
+        run(model, torch.tensor([[3]]), 2, graph=True, use_cache=use_cache)
 
 
 def test_greedy_matches_a_plain_loop_over_forward(model: GPT) -> None:
@@ -169,9 +231,14 @@ def texts(model: GPT, tokenizer: Tokenizer = ASCII, count: int = 40, **options: 
     return ["".join(pieces) for pieces in generate_texts(model, tokenizer, prompt, count, **options)]
 
 
+@pytest.mark.parametrize("graph", [True, False])
 @pytest.mark.parametrize("batch_size", [2, 16])
-def test_a_batch_writes_what_each_seed_writes_alone(model: GPT, batch_size: int) -> None:
+def test_a_batch_writes_what_each_seed_writes_alone(
+    model: GPT, batch_size: int, graph: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Past the block size too; 5 seeds in batches of 2 leave one over, which is streamed."""
+    if graph:
+        fake_cuda.install(monkeypatch, "fastgpt.generate")
     seeds = range(10, 15)
     alone = [texts(model, seeds=[seed], top_k=20, top_p=0.95)[0] for seed in seeds]
     assert len(set(alone)) == 5

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from types import SimpleNamespace
-from typing import Any
-
+import fake_cuda
 import pytest
 import torch
+from fake_cuda import FakeCuda
 from torch import Tensor
 
 from fastgpt import graphs
@@ -19,53 +16,30 @@ MUTANTS = {
         ("static.copy_(given, non_blocking=True)", "pass"),
         ("if self._calls <= WARM_UP:", "if self._calls < WARM_UP:"),
         ("current.wait_stream(self._stream)", "pass"),
+        ("        self._graph.replay()\n", ""),
     ]
 }
 
 
-class FakeCuda:
-    """Runs everything at once; a capture runs nothing, and a replay runs what was captured."""
-
-    def __init__(self) -> None:
-        self.log: list[str] = []
-        self.capturing: Any = None
-        self.Stream = self.current_stream = lambda: SimpleNamespace(
-            wait_stream=lambda other: self.log.append("wait")
-        )
-        self.CUDAGraph = lambda: SimpleNamespace(replay=self.replay)
-
-    @contextlib.contextmanager
-    def stream(self, stream: Any) -> Iterator[None]:
-        yield
-
-    @contextlib.contextmanager
-    def graph(self, graph: Any, stream: Any) -> Iterator[None]:
-        self.log.append("capture")
-        yield
-
-    def replay(self) -> None:
-        self.log.append("replay")
-
-
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
-    fake = FakeCuda()
-    monkeypatch.setattr(graphs, "torch", SimpleNamespace(cuda=fake))
-    return fake
+    return fake_cuda.install(monkeypatch)
 
 
 def test_every_call_is_one_step(cuda: FakeCuda) -> None:
     seen: list[Tensor] = []
+    total = torch.zeros(2)  # state, as weights or a cache are
 
     def step(x: Tensor) -> Tensor:
         cuda.log.append("step")
         seen.append(x)
-        return x.sum()
+        total.add_(x)
+        return total.sum()
 
     captured = graphs.CapturedStep(step)
     inputs = [torch.full((2,), float(number)) for number in range(6)]
-    for x in inputs:
-        captured(x)
+    sums = [captured(x).item() for x in inputs]
+    assert sums == [0, 2, 6, 12, 20, 30]
     warm = ["wait", "step", "wait"] * graphs.WARM_UP
     assert cuda.log == [*warm, "capture", "step", "replay", "replay", "replay"]
     static = seen[graphs.WARM_UP]  # what replays read: the last input, in a tensor of its own
@@ -79,3 +53,24 @@ def test_other_shapes_are_refused(cuda: FakeCuda) -> None:
         captured(torch.ones(4, 2))
     with pytest.raises(InputError, match=r"shape \(1, 2\): the CUDA graph was captured with \(4, 2\)"):
         captured(torch.ones(1, 2))
+
+
+def test_a_step_that_cannot_be_captured_is_an_error(cuda: FakeCuda) -> None:
+    captured = graphs.CapturedStep(lambda x: x * x.sum().item())
+    for _ in range(graphs.WARM_UP):
+        captured(torch.ones(2))
+    with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
+        captured(torch.ones(2))
+
+
+def test_the_stand_in_repeats_numbers_of_the_host(cuda: FakeCuda) -> None:
+    """Else it would show nothing: a step that counts in Python stands still when it is replayed."""
+    count = 0
+
+    def step(x: Tensor) -> Tensor:
+        nonlocal count
+        count += 1
+        return x + count
+
+    captured = graphs.CapturedStep(step)
+    assert [captured(torch.zeros(())).item() for _ in range(6)] == [1, 2, 3, 4, 4, 4]

@@ -7,6 +7,7 @@ import math
 import warnings
 from typing import Any
 
+import fake_cuda
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,14 +20,14 @@ from fastgpt import GPT, GPTConfig
 from fastgpt.config import PRESETS
 from fastgpt.errors import InputError
 from fastgpt.generate import generate
-from fastgpt.model import KVCache
+from fastgpt.model import KVCache, StaticCache
 from fastgpt.rotary import BASE, Rotation
 
 MUTANTS = {
     "fastgpt/rotary.py": [
         ("first * self.cos - second * self.sin", "first * self.cos + second * self.sin"),
         ("BASE ** (-channels / head_size)", "BASE ** (-channels / 2 / head_size)"),
-        ("torch.arange(start, start + length", "torch.arange(0, length"),
+        ("positions = start + torch.arange", "positions = torch.arange"),
         (".to(x.dtype)\n", "\n"),
         ("torch.promote_types(like.dtype, torch.float32)", "like.dtype"),
     ],
@@ -188,6 +189,30 @@ def test_a_cache_changes_nothing(changes: dict[str, Any]) -> None:
     ]
     assert torch.equal(*written)
     assert written[0].unique().numel() > 3
+
+
+@options
+def test_decoding_from_the_device_changes_nothing(
+    changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A token at a time into what a cache has already, to its last place; text in fp32 as a CUDA graph."""
+    model, idx = model_with(changes), tokens()
+    cache = KVCache(model.config, 2, device=idx.device, dtype=torch.float64)
+    cache.k.fill_(torch.nan), cache.v.fill_(torch.nan)
+    with torch.no_grad():
+        model.hidden(idx[:, :5], cache)
+        static = StaticCache(cache)
+        for _ in range(2):
+            steps = [model.decode(token, static) for token in idx[:, 5:].unbind(1)]
+            torch.testing.assert_close(torch.stack(steps, 1), model(idx)[0][:, 5:])
+            static.seek(5)
+    model.float()
+    plain = torch.stack(list(generate(model, idx[:, :3], 20, temperature=0)), 1)
+    fake = fake_cuda.install(monkeypatch, "fastgpt.generate")
+    graph = torch.stack(list(generate(model, idx[:, :3], 20, temperature=0)), 1)
+    assert torch.equal(graph, plain)
+    assert graph.unique().numel() > 3
+    assert fake.log.count("replay") == 6
 
 
 @options

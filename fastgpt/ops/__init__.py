@@ -3,6 +3,7 @@
 from fastgpt.ops.adamw import adamw_, grad_norm
 from fastgpt.ops.attention import causal_attention, causal_attention_qkvpacked
 from fastgpt.ops.cross_entropy import cross_entropy
+from fastgpt.ops.decode_attention import decode_attention
 from fastgpt.ops.dropout import dropout_add
 from fastgpt.ops.embedding import embedding
 from fastgpt.ops.gelu import bias_gelu, gelu, linear_gelu
@@ -23,6 +24,7 @@ __all__ = [
     "causal_attention",
     "causal_attention_qkvpacked",
     "cross_entropy",
+    "decode_attention",
     "dropout_add",
     "embedding",
     "gelu",

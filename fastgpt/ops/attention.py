@@ -125,6 +125,21 @@ def _call(
     scale: float | None = None,
     window: int | None = None,
 ) -> Tensor:
+    q, k, v, scale = operands(q, k, v, scale)
+    seed = None
+    if dropout_p:
+        seed = torch.randint(2**63 - 1, (1,), device=q.device)
+    return kernels.forward(q, k, v, seed, dropout_p, scale, window)[0]
+
+
+def operands(
+    q: Tensor, k: Tensor | None, v: Tensor | None, scale: float | None
+) -> tuple[Tensor, Tensor | None, Tensor | None, float | None]:
+    """Cast under autocast, checked, and with a scale that is positive, for a kernel.
+
+    Raises:
+        InputError: dtypes that differ or that kernels do not take, or wider heads.
+    """
     device = q.device.type
     if torch.is_autocast_enabled(device) and q.dtype != torch.float64:  # as scaled_dot_product_attention
         dtype = torch.get_autocast_dtype(device)
@@ -140,10 +155,7 @@ def _call(
     if scale is not None and scale <= 0:  # kernels scale the greatest score, which must remain the greatest
         q = q * (-1.0 if scale else 0.0)
         scale = -scale or 1.0
-    seed = None
-    if dropout_p:
-        seed = torch.randint(2**63 - 1, (1,), device=q.device)
-    return kernels.forward(q, k, v, seed, dropout_p, scale, window)[0]
+    return q, k, v, scale
 
 
 # q without k and v is packed qkv, (B, T, 3, H, D), and so is its gradient: with q, k and v as views of it,

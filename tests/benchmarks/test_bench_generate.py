@@ -5,22 +5,37 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import fake_cuda
 import pytest
 import torch
 from torch import Tensor
 
-from fastgpt import GPTConfig, config
+from fastgpt import GPTConfig, config, graphs
 from fastgpt.benchmarks import generate, results
-from fastgpt.benchmarks.generate import GenerateArgs, Oracle, Writer, run_generate, talkative
+from fastgpt.benchmarks.generate import (
+    CACHE,
+    GRAPH,
+    NO_CACHE,
+    GenerateArgs,
+    Oracle,
+    Writer,
+    kinds,
+    run_generate,
+    talkative,
+)
 from fastgpt.config import TrainConfig
 from fastgpt.errors import InputError
 from fastgpt.generate import generate as generate_tokens
-from fastgpt.model import GPT
+from fastgpt.model import GPT, StaticCache
 from fastgpt.ops import attention, registry
 
 MUTANTS = {
     "fastgpt/benchmarks/generate.py": [
         ("self.cache.length = self.prompt.size(1)", "pass"),
+        ("self.static.seek(self.prompt.size(1))", "pass"),
+        ("text.size(1) > self.prompt.size(1):", "False:"),
+        ("1 if writer.static is None else 1 + WARM_UP", "1"),
+        ("can_capture(device) and implementation in rows", "can_capture(device)"),
         ("gap > 4 * self.error", "gap > 4 * self.error + 100"),
         ("p.add_(torch.randn", "0 * (torch.randn"),
     ]
@@ -40,24 +55,40 @@ def text() -> Tensor:
     return torch.randint(65, (3, 16), generator=torch.Generator().manual_seed(0))
 
 
-def test_writers_say_what_generate_says(model: GPT, text: Tensor) -> None:
+def test_writers_say_what_generate_says(model: GPT, text: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     prompt = text[:, :PROMPT]
     wanted = torch.stack(list(generate_tokens(model, prompt, 10, temperature=0)), dim=1)
     assert wanted.unique().numel() > 5
-    for cached in (True, False):
-        writer = Writer(model, "eager", cached, prompt, 10)
+    fake = fake_cuda.install(monkeypatch)
+    for kind in (CACHE, GRAPH, NO_CACHE):
+        writer = Writer(model, "eager", kind, prompt, 10)
+        assert writer.name == "eager" + kind
         first = writer.prefill()
         for _ in range(2):  # again, as the timing does
             assert torch.equal(torch.cat([first[:, None], writer.decode(first)], 1), wanted)
         assert torch.equal(writer.follow(torch.cat([prompt, wanted], 1)), wanted)
+        assert torch.equal(torch.cat([first[:, None], writer.decode(first)], 1), wanted)
+    assert fake.log.count("replay") == 4 * 9 - graphs.WARM_UP  # every step but of a captured one's warm-up
+    assert fake.log.count("capture") == 1
+
+
+def test_graphs_are_for_a_gpu_and_for_what_has_such_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    assert kinds("triton", cpu) == [CACHE, NO_CACHE]
+    fake_cuda.install(monkeypatch, "fastgpt.benchmarks.generate")
+    assert kinds("triton", cpu) == kinds("eager", cpu) == [CACHE, GRAPH, NO_CACHE]
+    assert kinds("native", cpu) == [CACHE, NO_CACHE]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("cached", [True, False])
-def test_the_oracle_accepts_eager_in_its_dtype(model: GPT, text: Tensor, dtype: Any, cached: bool) -> None:
+@pytest.mark.parametrize("kind", [CACHE, GRAPH, NO_CACHE])
+def test_the_oracle_accepts_eager_in_its_dtype(
+    text: Tensor, dtype: Any, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_cuda.install(monkeypatch)
     mine = talkative(TINY).to(dtype)
     oracle = Oracle(mine, text, PROMPT)
-    assert oracle.verdict(Writer(mine, "eager", cached, text[:, :PROMPT], 10).follow(text)) is None
+    assert oracle.verdict(Writer(mine, "eager", kind, text[:, :PROMPT], 10).follow(text)) is None
 
 
 def test_a_tie_is_right_and_a_smaller_logit_is_not(model: GPT, text: Tensor) -> None:
@@ -91,6 +122,27 @@ def test_rows(tmp_path: Path, tiny_preset: None) -> None:
     for row, tokens in zip(rows, (16, 16, 6, 6), strict=True):
         assert row.tokens_per_s == pytest.approx(tokens / row.median_us * 1e6)
         assert row.baseline == "eager"
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_a_graph_is_a_contender_if_its_replays_are_right(
+    tmp_path: Path, tiny_preset: None, monkeypatch: pytest.MonkeyPatch, right: bool
+) -> None:
+    """Three tokens after the prompt's: as many as the steps that warm up. A position that the host counts
+    would stand still."""
+    fake_cuda.install(monkeypatch, "fastgpt.benchmarks.generate")
+    if not right:
+        seek = StaticCache.seek
+
+        def counted(self: Any, length: int) -> None:
+            self.count = length
+            seek(self, length)
+
+        monkeypatch.setattr(StaticCache, "seek", counted)
+        monkeypatch.setattr(StaticCache, "advance", lambda self: counted(self, self.count + 1))
+    status = {row.contender: row.status for row in run(tmp_path, implementations=("eager",))}
+    graph = "ok" if right else "wrong"
+    assert status == {"eager": "ok", "eager-graph": graph, "eager-without-cache": "ok"}
 
 
 def test_a_wrong_contender_is_not_timed(

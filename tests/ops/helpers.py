@@ -140,7 +140,7 @@ def _case(operation: str, name: str, call: Callable[..., Any], *make: Any, **opt
         call,
         lambda: [item if isinstance(item, Tensor) else _draw(operation, item) for item in make],
         options,
-        differentiable=operation not in ("adamw_", "grad_norm"),
+        differentiable=operation not in ("adamw_", "grad_norm", "decode_attention"),
     )
 
 
@@ -195,6 +195,19 @@ def _cases() -> list[Case]:
         _case("attention", "packed", packed, (2, 33, 3, 2, 16)),
         _case("attention", "packed-window", packed, (1, 33, 3, 2, 16), window=4, scale=0.5),
     ]
+    # Length: of the whole cache, one less, one; in a share of the keys that ends where it ends.
+    for b, s, h, d, length in [
+        (0, 3, 2, 16, torch.tensor([2])),
+        (2, 65, 1, 64, torch.tensor(65)),
+        (1, 65, 2, 80, torch.tensor([64])),
+        (1, 300, 1, 16, torch.tensor([257], dtype=torch.int32)),
+        (1, 5, 2, 16, torch.tensor([1])),
+        (2, 40, 2, 16, torch.tensor([33])),
+        (1, 40, 1, 20, torch.tensor([40])),
+    ]:
+        name = f"{b}-{s}-{h}-{d}-{length.sum()}"
+        shapes = (b, 1, h, d), (b, s, h, d), (b, s, h, d)
+        cases.append(_case("decode_attention", name, ops.decode_attention, *shapes, length))
     idx = torch.tensor([[3, 0, 3, 10], [3, 5, 5, 9]])
     cases += [
         _case("embedding", "rows-repeated", ops.embedding, idx, (11, 33), (6, 33)),

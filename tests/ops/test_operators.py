@@ -40,8 +40,8 @@ def gradients(outs: list[Tensor], inputs: list[Tensor], **options: Any) -> list[
     return list(torch.autograd.grad(outs, wanted, [torch.randn_like(out) for out in outs], **options))
 
 
-def requiring(inputs: list[Tensor]) -> list[Tensor]:
-    return [x.requires_grad_() if x.is_floating_point() else x for x in inputs]
+def requiring(case: Case, inputs: list[Tensor]) -> list[Tensor]:
+    return [x.requires_grad_() if x.is_floating_point() and case.differentiable else x for x in inputs]
 
 
 class Calls(TorchDispatchMode):
@@ -63,7 +63,7 @@ def test_opcheck(row: Implementation, device: str) -> None:
     """Schema, fake function and derivative agree with what the operator does, forward and backward."""
     case = cases(row, device)[-2]
     with Calls() as recorded:
-        inputs = requiring(case.inputs(torch.float32, device))
+        inputs = requiring(case, case.inputs(torch.float32, device))
         outs = case(inputs, row.name)
         if any(out.requires_grad for out in outs):
             gradients(outs, inputs, allow_unused=True)
@@ -71,8 +71,7 @@ def test_opcheck(row: Implementation, device: str) -> None:
     both = {f"fastgpt_{row.name}::{row.operation}_{direction}" for direction in ("forward", "backward")}
     assert set(seen) == both & set(torch._C._dispatch_get_all_op_names())
     for name, (func, args, kwargs) in seen.items():
-        mutable = func._schema.is_mutable
-        if name.endswith("_forward") and not mutable:
+        if name.endswith("_forward") and case.differentiable:
             args = tuple(
                 x.requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in args
             )
@@ -82,7 +81,7 @@ def test_opcheck(row: Implementation, device: str) -> None:
 @rows
 def test_second_derivatives_are_refused(row: Implementation, device: str) -> None:
     case = cases(row, device)[-2]
-    inputs = requiring(case.inputs(torch.float32, device))
+    inputs = requiring(case, case.inputs(torch.float32, device))
     outs = case(inputs, row.name)
     if not any(out.requires_grad for out in outs):
         pytest.skip("no gradient")
@@ -95,7 +94,7 @@ def test_memory(row: Implementation, device: str) -> None:
     """Every element of an output is written, nothing outside, and nothing outside the inputs is used."""
     for case in cases(row, device):
         with guarded() as guard:
-            inputs = requiring([guard.place(x) for x in case.inputs(torch.float32, device)])
+            inputs = requiring(case, [guard.place(x) for x in case.inputs(torch.float32, device)])
             outs = case(inputs, row.name)
             grads = gradients(outs, inputs) if any(out.requires_grad for out in outs) else []
         for tensor in [*outs, *grads]:

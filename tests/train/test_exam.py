@@ -29,6 +29,7 @@ MUTANTS = {
         ("if p.operation == operation]", "]"),
         ("len(problems[i].prompt) != len(problems[batch[0]].prompt)", "False"),
         ("written[i] = problems[i].prompt", "written[batch[0]] = problems[i].prompt"),
+        ("temperature=0, graph=False", "temperature=0"),
         ("model.config.block_size + 1 - idx.size(1)", "model.config.block_size - idx.size(1)"),
         ("counts = total(torch.tensor(own, dtype=torch.float64))", "counts = torch.tensor(own)"),
     ],
@@ -88,6 +89,14 @@ def test_a_perfect_model_has_every_answer(problems: ProblemSet, block_size: int)
     assert set(scores) <= set(KEYS)
     written = solve(model, problems.tokenizer, chosen, batch_size=7)
     assert written == [problem.text for problem in chosen]
+
+
+def test_an_exam_captures_no_cuda_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it would ask the solver for a step to capture, which it does not have."""
+    monkeypatch.setattr("fastgpt.generate.can_capture", lambda device: True)
+    chosen = ADDITION.held_out(3)
+    model: Any = Solver(ADDITION, 12, solutions(ADDITION).__getitem__)
+    assert solve(model, ADDITION.tokenizer, chosen) == [problem.text for problem in chosen]
 
 
 def test_answers_count_by_operation_and_whatever_the_steps() -> None:

@@ -34,6 +34,7 @@ MUTANTS = {
         ("self.val_loss = self._sample = None", "self.val_loss = None"),
         ("self.val_loss is not None and self.config.sample_tokens", "self.val_loss is not None"),
         ("        if self._sample is None:", "        if True:"),
+        ("seed=config.seed, graph=False", "seed=config.seed"),
     ],
     "fastgpt/metrics.py": [('if row["step"] <= first_step', "if True")],
     "fastgpt/evaluate.py": [("    model.eval()\n", "")],
@@ -173,6 +174,12 @@ def test_evaluating_and_sampling_do_not_disturb_training(tiny: Tiny) -> None:
     assert torch.equal(torch.get_rng_state(), before)
     assert all(module.training for module in trainer.model.modules())
     assert all(p.grad is None for p in trainer.model.parameters())
+
+
+def test_sampling_captures_no_cuda_graph(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU a capture would be an error."""
+    monkeypatch.setattr("fastgpt.generate.can_capture", lambda device: True)
+    assert start(tiny()).sample()
 
 
 def test_a_sample_is_generated_once(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
