@@ -79,8 +79,10 @@ def shapes_of(name: str, device: torch.device) -> list[Sizes]:
     if device.type == "cpu":  # for the optimizer one layer: all parameters take minutes
         quick = [dataclasses.replace(sizes, L=1) for sizes in _sizes("124M", (1, 1024), (1, 64))]
     larger = [sizes for model in list(MODELS)[1:] for sizes in _sizes(model, (8, 1024))]
+    char_cpu = Sizes(12, 64, 128, 4, 4, V=128)  # of the preset
     sets = {
         "quick": quick,
+        "cpu": [char_cpu, *quick],
         "gpt2": [*_sizes("124M", *_BATCHES[:5]), *larger],
         "all": [sizes for model in MODELS for sizes in _sizes(model, *_BATCHES)],
     }

@@ -63,7 +63,8 @@ class OpsArgs:
     ops: tuple[str, ...] = ()
     """Operations; all by default."""
     shapes: str = "quick"
-    """quick, gpt2 (GPT-2 124M at several batches, the larger ones at one) or all."""
+    """quick, cpu (these and the preset char-cpu), gpt2 (GPT-2 124M at several batches, the larger ones at
+    one) or all."""
     dtypes: tuple[str, ...] = ()
     """float32, bfloat16, float16; by default the first two."""
     directions: tuple[str, ...] = ()

@@ -255,7 +255,7 @@ def test_every_case_comes_before_compiling(
         ({"ops": ("gelo",)}, "ops = 'gelo': choose from attention, "),
         ({"dtypes": ("float8",)}, "dtypes = 'float8': choose from float32, "),
         ({"directions": ("sideways",)}, "directions = 'sideways': choose from both, forward, backward"),
-        ({"shapes": "huge"}, "shapes = 'huge': it must be one of quick, gpt2, all"),
+        ({"shapes": "huge"}, "shapes = 'huge': it must be one of quick, cpu, gpt2, all"),
         ({"contenders": ("nativ",)}, "contenders = 'nativ': choose from apex, .*native"),
     ],
 )
