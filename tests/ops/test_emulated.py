@@ -52,7 +52,7 @@ def cases(row: Implementation) -> list[Case]:
 
 def everything(case: Case, dtype: torch.dtype) -> list[Tensor]:
     """Outputs and gradients."""
-    inputs = requiring(case.inputs(dtype))
+    inputs = requiring(case, case.inputs(dtype))
     outs = case(inputs, "emulated")
     torch.manual_seed(1)
     grads = gradients(outs, inputs) if any(out.requires_grad for out in outs) else []
