@@ -27,8 +27,9 @@ namespace {
 constexpr int64_t kDepth = 256;
 constexpr int64_t kMostSlices = 16;  // each passes over the result once more
 
-// A call of oneDNN costs 11 us more than one of MKL, and slices of the operands are copied: below so many flops
-// a slice, and where one operand is a few rows that use each value of the other as often, MKL is faster.
+// A call of oneDNN costs 11 us more than one of MKL, and slices of the operands are copied. With fewer flops
+// in a slice that is too much, and with fewer rows or columns, where a value that was copied is used a few
+// times.
 constexpr double kLeastFlops = 8e6;
 constexpr int64_t kLeastRows = 8;
 
