@@ -18,6 +18,7 @@ from fastgpt.errors import InputError
 from fastgpt.ops import cross_entropy, linear_cross_entropy
 
 from .guard import guarded
+from .helpers import assert_accurate
 from .losses import IGNORE, run, some_targets
 
 CPU = torch.device("cpu")
@@ -178,6 +179,20 @@ def test_never_holds_all_the_logits(dtype: torch.dtype) -> None:
     chunk = 16 * math.ceil(columns / 64) * 64 * dtype.itemsize
     assert max(sizes) == max(chunk, 4 * columns * width)
     assert sizes.count(chunk) == 1
+
+
+@native
+def test_chunks_that_are_large_products() -> None:
+    """Those that another library multiplies than the small ones: their gradients of W add up."""
+    x, w = torch.randn(1000, 300) / 300**0.5, torch.randn(700, 300)
+    targets = torch.arange(1000) % 690
+    found = []
+    for backend, dtype in (("eager", torch.float64), ("eager", torch.float32), ("native", torch.float32)):
+        leaves = [t.to(dtype).requires_grad_() for t in (x, w)]
+        loss = linear_cross_entropy(*leaves, targets, chunk_rows=400, vocab_size=690, backend=backend)
+        found.append([loss, *torch.autograd.grad(loss, leaves)])
+    for oracle, eager, actual in zip(*found, strict=True):
+        assert_accurate(actual, eager, oracle)
 
 
 MUTANTS = {

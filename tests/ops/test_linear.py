@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from fastgpt.errors import InputError
 from fastgpt.ops import linear
@@ -15,6 +16,11 @@ from fastgpt.ops import linear
 from .helpers import assert_accurate, assert_same, kernels_of, randn, spread
 
 BACKENDS = kernels_of("linear")
+Layout = tuple[Callable[[Tensor], Tensor], ...]
+LAYOUTS: dict[str, Layout] = {  # of x (rows, K), of W from (K, N), of b (N,) and of dy (rows, N)
+    "contiguous": (torch.clone, lambda w: w.T.contiguous(), torch.clone, torch.clone),
+    "gaps": (spread, lambda w: w.T, spread, lambda dy: dy[:1].expand(dy.shape)),
+}
 
 
 @pytest.mark.parametrize("with_bias", [True, False])
@@ -34,11 +40,11 @@ def test_equations(with_bias: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 # one row, off every tile, GPT-2's widths: several tiles and threads, and long sums
 @pytest.mark.parametrize("shape", [(1, 33, 7), (197, 65, 129), (300, 768, 2304), (300, 3072, 768)], ids=str)
-def test_strides(shape: tuple[int, int, int], dtype: torch.dtype, backend: str) -> None:
-    """Transposed weights (Conv1D's), rows with gaps and expanded gradients, as accurate as PyTorch's."""
+@pytest.mark.parametrize("gaps", LAYOUTS.values(), ids=LAYOUTS)
+def test_layouts(gaps: Layout, shape: tuple[int, int, int], dtype: torch.dtype, backend: str) -> None:
+    """As accurate as PyTorch's: where all is contiguous, with gaps, and with Conv1D's transposed weights."""
     rows, k, n = shape
-    tensors = [torch.randn(rows, k), torch.randn(k, n) / k**0.5, torch.randn(n), torch.randn(1, n)]
-    gaps = (spread, lambda w: w.T, spread, lambda dy: dy.expand(rows, n))
+    tensors = [torch.randn(rows, k), torch.randn(k, n) / k**0.5, torch.randn(n), torch.randn(rows, n)]
     results = []
     for name, kind in (("oracle", torch.float64), ("eager", dtype), (backend, dtype)):
         given = [gap(t.to(dtype).to(kind)) for gap, t in zip(gaps, tensors, strict=True)]
@@ -103,6 +109,13 @@ MUTANTS = {
     ],
     "csrc/cpu/product.cpp": [
         ("rows.copy_(bias->expand_as(rows))", "rows.copy_(bias->expand_as(rows).neg())"),
+        ("add || begin > 0 ? 1.0f", "add ? 1.0f"),
+        ("add || begin > 0 ? 1.0f", "begin > 0 ? 1.0f", "tests/ops/test_cross_entropy_native.py -k large"),
+        ("x.t().contiguous().t();", "x.t().contiguous().view(x.sizes());"),
+        (
+            "by_onednn(rows, matrix, weight.t(), bias.has_value());",
+            "by_onednn(rows, matrix, weight.t(), false);",
+        ),
         ("dw = multiply(dy.t(), as_matrix(x));", "dw = multiply(dy.t(), as_matrix(x).flip(0));"),
     ],
     "csrc/cpu/loops/sum_rows.h": [
