@@ -63,12 +63,12 @@ inspect-table: install  ## record what the Triton kernels compile to, which test
 RUN       := $(or $(RUN),$(shell date -u +%Y%m%d))
 BENCH_DIR ?= runs/bench-$(RUN)
 BENCH     := $(BIN)/fastgpt bench
+EVERY_CASE = --shapes quick --directions both forward --every-case --case-seconds 0.5
 THIS_RUN   = --out $(BENCH_DIR) --run $(RUN) --resume
 
 bench: install  ## time operations, training and generation on this machine, under 10 minutes; writes a report
 	@mkdir -p $(BENCH_DIR) && echo "timing, at most 9 minutes: tail -f $(BENCH_DIR)/log.txt"
-	@$(BENCH) ops --shapes quick --directions both forward --every-case --case-seconds 0.5 --budget 400 $(THIS_RUN) \
-	  >> $(BENCH_DIR)/log.txt || tail $(BENCH_DIR)/log.txt
+	@$(BENCH) ops $(EVERY_CASE) --budget 400 $(THIS_RUN) >> $(BENCH_DIR)/log.txt || tail $(BENCH_DIR)/log.txt
 	@$(BENCH) train --budget 150 $(THIS_RUN) >> $(BENCH_DIR)/log.txt || tail $(BENCH_DIR)/log.txt
 	@$(BENCH) generate --budget 60 $(THIS_RUN) >> $(BENCH_DIR)/log.txt || tail $(BENCH_DIR)/log.txt
 	@$(BENCH) summary $(BENCH_DIR)
