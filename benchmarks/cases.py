@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from fastgpt import ops
 from fastgpt.benchmarks.timing import random_tensor
+from fastgpt.config import VOCAB_MULTIPLE, preset
 from fastgpt.errors import InputError
 from fastgpt.ops import Cost
 from fastgpt.ops.adamw import cost as adamw_cost
@@ -79,7 +80,9 @@ def shapes_of(name: str, device: torch.device) -> list[Sizes]:
     if device.type == "cpu":  # for the optimizer one layer: all parameters take minutes
         quick = [dataclasses.replace(sizes, L=1) for sizes in _sizes("124M", (1, 1024), (1, 64))]
     larger = [sizes for model in list(MODELS)[1:] for sizes in _sizes(model, (8, 1024))]
-    char_cpu = Sizes(12, 64, 128, 4, 4, V=128)  # of the preset
+    small = preset("char-cpu")
+    net = small.model
+    char_cpu = Sizes(small.batch_size, net.block_size, net.n_embd, net.n_head, net.n_layer, V=VOCAB_MULTIPLE)
     sets = {
         "quick": quick,
         "cpu": [char_cpu, *quick],

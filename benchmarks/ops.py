@@ -202,14 +202,16 @@ class _Suite:
         """Time the cases that are not in the file and fit the budget; returns those that did not."""
         done = {row.case for row in self.rows()}
         start, left = time.monotonic(), []
-        wanted = [case for case in cases if self._key(case) not in done]
-        wanted.sort(key=lambda case: self._guess(case) > LARGE * self.given.budget)
-        for number, case in enumerate(wanted):
+        wanted = [(case, self._guess(case)) for case in cases if self._key(case) not in done]
+        wanted.sort(key=lambda item: item[1] > LARGE * self.given.budget)
+        needed = [guess + self.given.case_seconds + CHECK_S for _, guess in wanted]  # without compiling
+        for number, (case, guess) in enumerate(wanted):
             remaining = self.given.budget - (time.monotonic() - start)
-            if remaining < self._guess(case):
+            if remaining < guess:
                 left.append(case)
                 continue
-            rows = self._time(case, compiled=self._may_compile(wanted[number:], remaining))
+            compiled = not self.given.every_case or remaining > sum(needed[number:]) + COMPILE_S
+            rows = self._time(case, compiled=compiled)
             append(rows, self.path)
             print(_line(case, rows), flush=True)
             self._require_usable_device()
@@ -226,13 +228,6 @@ class _Suite:
         able = sum(contender.missing is None for contender in self._contenders(case))
         seconds = cost.flops / (flops * times) + cost.bytes / (bandwidth * times)
         return CALLS * (able + 1) * seconds  # eager is timed twice
-
-    def _may_compile(self, cases: Sequence[Case], remaining: float) -> bool:
-        """Whether the first of these cases may be compiled too, with so many seconds for all of them."""
-        if not self.given.every_case:
-            return True
-        needed = sum(self._guess(case) + self.given.case_seconds + CHECK_S for case in cases)
-        return remaining > needed + COMPILE_S
 
     def _time(self, case: Case, *, compiled: bool) -> list[Row]:
         """A row for each contender."""
